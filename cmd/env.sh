@@ -1,0 +1,23 @@
+# Sourced by every launcher, and by you (`. cmd/env.sh`) for a shell in which `python`, `torchrun` and `accelerate`
+# are the project's own. Sets ROOT, finds the virtual environment, and exports what the libraries need to behave.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)"
+export ROOT
+
+# The environment that is active already is used when it satisfies requirements.txt; else the project's .venv.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then
+    . "$ROOT/.venv/bin/activate"
+fi
+
+# One thread per process unless told otherwise: spinning OpenMP threads make a busy machine many times slower.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
+# A restarted worker must not meet the store of the job before it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE="${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}"
+# litellm: no price list from the network at import, no .env read behind our back.
+export LITELLM_LOCAL_MODEL_COST_MAP="${LITELLM_LOCAL_MODEL_COST_MAP:-True}"
+export LITELLM_MODE="${LITELLM_MODE:-PRODUCTION}"
+# W&B without a key records locally instead of stopping.
+if [ -z "${WANDB_MODE:-}" ] && [ -z "${WANDB_API_KEY:-}" ] && ! grep -qs "api.wandb.ai" "$HOME/.netrc"; then
+    export WANDB_MODE=offline
+fi

@@ -1,0 +1,499 @@
+"""The sample pool: word problems of graded difficulty and the small language models that answer them.
+
+A stranger must be able to route between real models a minute after cloning, with no key and no download. So the
+project trains its own pool from scratch on problems that it generates: a cheap model that answers at once and is
+right on easy problems, and stronger ones that write their working first and are right on most.
+
+Difficulty shows in the text (steps, task, size of the numbers, order of the facts) and not in its length alone:
+`lookup` problems are long and easy, `riddle` and reversed `compare` problems are short and hard. The strong model
+saw hardly any `clock` problems, which the cheap one knows well, so that the oracle stands above the strong model.
+
+Everything is drawn from `random.Random` seeded with text, whose stream is the same on every machine and version.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from routewright.errors import PartialRun, UserError
+from routewright.schema import Prompt
+from routewright.textfiles import fsync_folder, write_atomic
+
+LARGEST = 199  # every number in a problem or its working lies in 0..199, one token each
+WOMEN = ("Ann", "Eva", "Ida", "Mia", "Zoe", "Lena", "Nora", "Rosa", "Tara", "Vera", "Alma", "Dina")
+MEN = ("Ben", "Dan", "Ivo", "Max", "Tom", "Leo", "Noah", "Omar", "Paul", "Rick", "Sami", "Theo")
+NAMES = WOMEN + MEN
+THINGS = ("apples", "books", "cards", "coins", "cups", "dolls", "eggs", "keys", "lamps", "marbles", "nuts", "pears",
+          "pens", "plums", "shells", "shirts", "stamps", "stones", "toys", "tickets")
+GOODS = ("bag", "ball", "cake", "chair", "coat", "game", "hat", "kite", "lamp", "map", "meal", "ticket")
+EVENTS = ("train leaves", "film starts", "shop opens", "bus comes", "game ends", "cake is ready", "meeting starts")
+TASKS = ("count", "money", "transfer", "compare", "lookup", "riddle", "clock")
+CACHE_MIX = {"count": .24, "money": .16, "transfer": .14, "compare": .15, "lookup": .11, "riddle": .08, "clock": .12}
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One word problem. `steps` counts the sums on the way to the answer, `large` says that numbers go beyond 20."""
+
+    task: str
+    text: str
+    answer: int
+    working: tuple[str, ...]
+    distractors: int = 0
+    large: bool = False
+
+    @property
+    def steps(self) -> int:
+        return len(self.working)
+
+    def solution(self, worked: bool) -> str:
+        """What a model is trained to say: the answer alone, or the working and then the answer."""
+        if not worked:
+            return f"{self.answer}"
+        return (", ".join(self.working) + ". " if self.working else "") + f"Answer: {self.answer}"
+
+    def as_prompt(self, number: int) -> Prompt:
+        """The id tells the difficulty, so that a report can be grouped by it: count-s3-d1-small-00042."""
+        size = "large" if self.large else "small"
+        name = f"{self.task}-s{self.steps}-d{self.distractors}-{size}-{number:05d}"
+        return Prompt(name, self.text, task=self.task, group=name, reference=str(self.answer))
+
+
+def difficulty(prompt_id: str) -> dict[str, Any]:
+    """{task, steps, distractors, size} out of a prompt id made by `Problem.as_prompt`."""
+    try:
+        task, steps, distractors, size, _ = prompt_id.split("-")
+        return {"task": task, "steps": int(steps[1:]), "distractors": int(distractors[1:]), "size": size}
+    except ValueError:
+        raise UserError(f"prompt id {prompt_id!r} was not made by the sample pool; expected task-sN-dN-size-number") from None
+
+
+# Problems ------------------------------------------------------------------------------------------------------------
+
+def make_problem(rng: random.Random, mix: dict[str, float] = CACHE_MIX) -> Problem:
+    """Draw one problem; `mix` holds the weight of each task."""
+    task = rng.choices(list(mix), list(mix.values()))[0]
+    return _MAKERS[task](rng)
+
+
+def make_problems(seed: str, n: int, mix: dict[str, float] = CACHE_MIX, exclude: Collection[str] = ()) -> list[Problem]:
+    """`n` problems with different texts, none of them in `exclude`. The same seed gives the same problems."""
+    rng = random.Random(seed)
+    found: dict[str, Problem] = {}
+    for _ in range(50 * n):
+        if len(found) == n:
+            break
+        problem = make_problem(rng, mix)
+        if problem.text not in exclude:
+            found.setdefault(problem.text, problem)
+    else:
+        raise UserError(f"only {len(found)} different problems of {n} were found for the mix {mix}; ask for fewer")
+    return list(found.values())
+
+
+def _calculate(rng: random.Random, value: int, steps: int, operands: range) -> Iterator[tuple[str, int, int, int]]:
+    """(operation, operand, before, after) per step, all values within 0..LARGEST."""
+    for _ in range(steps):
+        while True:
+            op = rng.choices(("+", "-", "*", "/"), (.4, .4, .1, .1))[0]
+            k = 2 if op in "*/" else rng.choice(operands)
+            after = {"+": value + k, "-": value - k, "*": value * 2, "/": value // 2}[op]
+            if 0 <= after <= LARGEST and (op not in "*/" or (value > 0 and (op == "*" or value % 2 == 0))):
+                break
+        yield op, k, value, after
+        value = after
+
+
+def _sum(op: str, k: int, before: int, after: int) -> str:
+    return f"{before} {op} {k} = {after}"
+
+
+def _numbers(rng: random.Random, large: bool) -> tuple[int, range]:
+    """A starting value and the range of operands."""
+    return (rng.randint(20, 99), range(8, 31)) if large else (rng.randint(3, 20), range(1, 10))
+
+
+def _distract(rng: random.Random, sentences: list[str], n: int, names: Sequence[str]) -> list[str]:
+    """Put `n` sentences that do not matter somewhere after the first one."""
+    for _ in range(n):
+        other = rng.choice([name for name in NAMES if name not in names])
+        k = rng.randint(2, 60)
+        line = rng.choice((
+            f"{other} has {k} {rng.choice(THINGS)}.", f"{other} is {k} years old.", f"It is {k} degrees outside.",
+            f"A {rng.choice(GOODS)} costs {k} dollars.", f"{other} likes the {rng.choice(GOODS)}.",
+            f"The street is {k} miles long.", "The sky is grey."))
+        sentences.insert(rng.randint(1, len(sentences)), line)
+    return sentences
+
+
+def _count(rng: random.Random) -> Problem:
+    name, thing = rng.choice(NAMES), rng.choice(THINGS)
+    who = rng.choice((name, "She" if name in WOMEN else "He"))
+    large = rng.random() < .25
+    value, operands = _numbers(rng, large)
+    lines = [rng.choice((f"{name} has {value} {thing}.", f"There are {value} {thing} in the bag of {name}."))]
+    working = []
+    for op, k, before, after in _calculate(rng, value, rng.choices(range(1, 7), (6, 6, 5, 4, 3, 2))[0], operands):
+        lines.append(rng.choice({
+            "+": (f"{who} finds {k} more.", f"{who} buys {k} more {thing}.", f"Then {name} gets {k} {thing}.",
+                  f"A friend gives {name} {k} {thing}."),
+            "-": (f"{who} loses {k} of them.", f"{who} sells {k} {thing}.", f"Then {name} drops {k} {thing}.",
+                  f"{who} gives {k} of the {thing} away."),
+            "*": (f"{who} doubles the number of {thing}.", f"Then {name} has twice as many."),
+            "/": (f"{who} gives half of them away.", f"Then {name} loses half of the {thing}."),
+        }[op]))
+        working.append(_sum(op, k, before, after))
+        value = after
+    noise = rng.choices(range(4), (5, 2, 2, 1))[0]
+    lines = _distract(rng, lines, noise, [name])
+    lines.append(rng.choice((f"How many {thing} does {name} have now?", f"How many {thing} are left?",
+                             f"What is the number of {thing} now?")))
+    return Problem("count", " ".join(lines), value, tuple(working), noise, large)
+
+
+def _money(rng: random.Random) -> Problem:
+    name = rng.choice(NAMES)
+    who = rng.choice((name, "She" if name in WOMEN else "He"))
+    large = rng.random() < .75
+    value, operands = _numbers(rng, large)
+    lines, working = [f"{name} has {value} dollars."], []
+    for op, k, before, after in _calculate(rng, value, rng.choices(range(1, 5), (4, 4, 3, 2))[0], operands):
+        lines.append(rng.choice({
+            "+": (f"{who} earns {k} dollars.", f"{who} sells a {rng.choice(GOODS)} for {k} dollars.",
+                  f"{who} wins {k} dollars."),
+            "-": (f"{who} pays {k} dollars for a {rng.choice(GOODS)}.", f"{who} spends {k} dollars.",
+                  f"A {rng.choice(GOODS)} costs {name} {k} dollars."),
+            "*": (f"{who} doubles the money.",), "/": (f"{who} spends half of the money.",),
+        }[op]))
+        working.append(_sum(op, k, before, after))
+        value = after
+    noise = rng.choices(range(3), (6, 3, 1))[0]
+    lines = _distract(rng, lines, 0, [name])
+    for _ in range(noise):
+        other = rng.choice([n for n in NAMES if n != name])
+        lines.insert(rng.randint(1, len(lines)), rng.choice((
+            f"{other} is {rng.randint(5, 60)} years old.", f"{other} likes the {rng.choice(GOODS)}.",
+            f"{other} has {rng.randint(2, 60)} {rng.choice(THINGS)}.")))
+    lines.append(rng.choice((f"How many dollars does {name} have now?", f"How much money does {name} have?")))
+    return Problem("money", " ".join(lines), value, tuple(working), noise, large)
+
+
+def _transfer(rng: random.Random) -> Problem:
+    people, thing = rng.sample(NAMES, rng.choice((2, 2, 3))), rng.choice(THINGS)
+    large = rng.random() < .3
+    held = {name: (rng.randint(20, 80) if large else rng.randint(6, 20)) for name in people}
+    lines = [f"{name} has {k} {thing}." for name, k in held.items()]
+    asked, wanted, working, idle = rng.choice(people), rng.choices(range(1, 5), (4, 4, 3, 2))[0], [], 0
+    while len(working) < wanted:
+        giver, taker = rng.sample(people, 2)
+        k = rng.randint(1, 20 if large else 9)
+        if held[giver] < k or held[taker] + k > LARGEST:
+            continue
+        lines.append(rng.choice((f"{giver} gives {k} to {taker}.", f"{giver} gives {taker} {k} {thing}.",
+                                 f"{taker} takes {k} {thing} from {giver}.")))
+        for name, op, after in ((giver, "-", held[giver] - k), (taker, "+", held[taker] + k)):
+            if name == asked:
+                working.append(_sum(op, k, held[name], after))
+            held[name] = after
+        idle += asked not in (giver, taker)
+        if idle > 2:
+            people = [asked, *[p for p in people if p != asked][:1]]
+    lines.append(rng.choice((f"How many {thing} does {asked} have now?", f"How many are with {asked} in the end?")))
+    return Problem("transfer", " ".join(lines), held[asked], tuple(working), idle, large)
+
+
+def _compare(rng: random.Random) -> Problem:
+    links = rng.choices(range(1, 5), (3, 4, 3, 2))[0]
+    people, thing = rng.sample(NAMES, links + 1), rng.choice(THINGS)
+    large = rng.random() < .3
+    value, operands = _numbers(rng, large)
+    lines, working = [f"{people[0]} has {value} {thing}."], []
+    for i, (op, k, before, after) in enumerate(_calculate(rng, value, links, operands)):
+        one, base = people[i + 1], people[i]
+        lines.append({"+": f"{one} has {k} more than {base}.", "-": f"{one} has {k} fewer than {base}.",
+                      "*": f"{one} has twice as many as {base}.", "/": f"{one} has half as many as {base}."}[op])
+        working.append(_sum(op, k, before, after))
+        value = after
+    order = rng.random()
+    if order < .35:
+        lines.reverse()
+    elif order < .6:
+        rng.shuffle(lines)
+    noise = rng.choices(range(2), (4, 1))[0]
+    lines = _distract(rng, lines, noise, people)
+    lines.append(f"How many {thing} does {people[-1]} have?")
+    return Problem("compare", " ".join(lines), value, tuple(working), noise, large)
+
+
+def _lookup(rng: random.Random) -> Problem:
+    people = rng.sample(NAMES, rng.randint(3, 7))
+    things = rng.sample(THINGS, len(people))
+    held = [rng.randint(2, 99) for _ in people]
+    lines = [rng.choice((f"{n} has {k} {t}.", f"There are {k} {t} in the bag of {n}.")) for n, k, t in zip(people, held, things)]
+    i = rng.randrange(len(people))
+    lines = _distract(rng, lines, rng.randint(0, 2), people)
+    lines.append(f"How many {things[i]} does {people[i]} have?")
+    return Problem("lookup", " ".join(lines), held[i], (), len(lines) - 2, max(held) > 20)
+
+
+def _riddle(rng: random.Random) -> Problem:
+    steps = rng.choices(range(1, 4), (3, 4, 3))[0]
+    start = rng.randint(2, 30)
+    path = list(_calculate(rng, start, steps, range(1, 13)))
+    said = [{"+": f"I add {k}", "-": f"I take away {k}", "*": "I double it", "/": "I halve it"}[op] for op, k, _, _ in path]
+    opening = rng.choice(("I think of a number.", "I have a secret number.", "Take my number."))
+    joined = f"{', then '.join(said)}." if rng.random() < .5 else ". ".join(said) + "."
+    end = path[-1][3]
+    close = rng.choice((f"I get {end}. What was my number?", f"The result is {end}. What was the number?",
+                        f"Now it is {end}. Which number was it?"))
+    inverse = {"+": "-", "-": "+", "*": "/", "/": "*"}
+    working = [_sum(inverse[op], k, after, before) for op, k, before, after in reversed(path)]
+    return Problem("riddle", f"{opening} {joined} {close}", start, tuple(working), 0, end > 20)
+
+
+def _clock(rng: random.Random) -> Problem:
+    now, k, event, name = rng.randint(1, 12), rng.randint(1, 11), rng.choice(EVENTS), rng.choice(NAMES)
+    if rng.random() < .7:
+        text = rng.choice((f"The clock of {name} shows {now}. The {event} in {k} hours. What does the clock show then?",
+                           f"{name} looks at the clock. It shows {now}. What does it show after {k} hours?",
+                           f"It is {now} o'clock. {name} waits {k} hours until the {event}. Which hour is it then?"))
+        working = [_sum("+", k, now, now + k)] + ([_sum("-", 12, now + k, now + k - 12)] if now + k > 12 else [])
+        answer = (now + k - 1) % 12 + 1
+    else:
+        text = rng.choice((f"The clock of {name} shows {now}. What did it show {k} hours ago?",
+                           f"The {event} at {now} o'clock. {name} came {k} hours before. Which hour was it then?"))
+        lift = now <= k
+        working = [_sum("+", 12, now, now + 12)] * lift + [_sum("-", k, now + 12 * lift, now + 12 * lift - k)]
+        answer = now + 12 * lift - k
+    return Problem("clock", text, answer, tuple(working))
+
+
+_MAKERS: dict[str, Callable[[random.Random], Problem]] = {
+    "count": _count, "money": _money, "transfer": _transfer, "compare": _compare, "lookup": _lookup,
+    "riddle": _riddle, "clock": _clock}
+
+
+# Tokenizer -----------------------------------------------------------------------------------------------------------
+
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>", "<system>", "<user>", "<assistant>")
+# Every turn's text starts with one space, so that a word or number has one token wherever it stands.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<' + message['role'] + '> ' + message['content'] | trim }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def build_tokenizer(texts: Sequence[str]) -> Any:
+    """A byte-level BPE tokenizer that knows every word of `texts` and the numbers 0..199 as one token each.
+
+    It is an instance of Qwen2's own class, retrained: AutoTokenizer builds that class beside a qwen2 config whatever
+    the folder says, and would split digits. The numbers are added tokens (" 0".." 199"), found before any splitting,
+    so that AutoTokenizer and PreTrainedTokenizerFast give the same ids. Any other text falls back to bytes.
+    """
+    import re
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import AddedToken, Qwen2Tokenizer
+
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
+    words = sorted({word for text in texts for word in re.findall(r"[^\W\d]+|[^\w\s]", text)})
+    learner.train_from_iterator([f" {word}" for word in words for _ in range(2)], trainers.BpeTrainer(
+        vocab_size=100_000, min_frequency=2, show_progress=False, special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    import json
+
+    learned = json.loads(learner.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], pad_token="<pad>", bos_token="<bos>",
+        eos_token="<eos>", unk_token="<unk>", additional_special_tokens=list(SPECIAL_TOKENS[4:]), padding_side="left",
+        model_max_length=512, clean_up_tokenization_spaces=False)
+    tokenizer.add_tokens([AddedToken(f" {n}", normalized=False, special=False) for n in range(LARGEST + 1)])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def chat_text(prompt: str) -> str:
+    """What the chat template makes of one user turn, ready for the answer."""
+    return f"<bos><user> {prompt.strip()}<assistant>"
+
+
+# Models and training -------------------------------------------------------------------------------------------------
+
+CLOCK_BLIND = {**CACHE_MIX, "clock": .004}  # what the stronger models are trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One model of the pool and how it is trained. `worked`: it writes its working before the answer.
+
+    `steps` are optimizer steps of `batch_size` fresh problems each; no problem is seen twice on purpose.
+    """
+
+    name: str
+    hidden: int
+    layers: int
+    heads: int
+    worked: bool
+    steps: int
+    learning_rate: float
+    seed: int
+    mix: dict[str, float] = field(default_factory=lambda: dict(CACHE_MIX))
+    batch_size: int = 64
+    warmup: int = 60
+    weight_decay: float = .01
+
+
+RECIPES = (
+    Recipe("cheap", hidden=64, layers=2, heads=4, worked=False, steps=4000, learning_rate=3e-3, seed=11),
+    Recipe("mid", hidden=64, layers=3, heads=4, worked=True, steps=2000, learning_rate=3e-3, seed=12, mix=CLOCK_BLIND),
+    Recipe("strong", hidden=96, layers=4, heads=4, worked=True, steps=2600, learning_rate=2.5e-3, seed=13, mix=CLOCK_BLIND),
+)
+
+
+def make_model(recipe: Recipe, tokenizer: Any) -> Any:
+    """A freshly initialised Qwen2ForCausalLM (tied embeddings, fp32), the same for the same seed."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(recipe.seed)
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=3 * recipe.hidden,
+        num_hidden_layers=recipe.layers, num_attention_heads=recipe.heads, num_key_value_heads=recipe.heads,
+        max_position_embeddings=512, rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, initializer_range=.05))
+
+
+def batches(recipe: Recipe, tokenizer: Any, first: int, held_out: Collection[str] = ()) -> Iterator[tuple[Any, Any]]:
+    """(input_ids, labels), each (batch, length) int64, from step `first` on; labels are -100 before the answer.
+
+    Problems are drawn in blocks of 8 batches and cut by length, so that little is padded. A block depends on its
+    number and the recipe's seed alone, so a resumed run sees what the unbroken one would have seen.
+    """
+    import torch
+
+    block, per_block = first // 8, 8 * recipe.batch_size
+    while True:
+        problems = make_problems(f"train/{recipe.seed}/{block}", per_block, recipe.mix, held_out)
+        asked = tokenizer([chat_text(p.text) for p in problems], add_special_tokens=False)["input_ids"]
+        told = tokenizer([f" {p.solution(recipe.worked)}<eos>" for p in problems], add_special_tokens=False)["input_ids"]
+        rows = sorted(zip(asked, told), key=lambda pair: len(pair[0]) + len(pair[1]))
+        order = list(range(8))
+        random.Random(f"order/{recipe.seed}/{block}").shuffle(order)
+        for i in order[first % 8 if block == first // 8 else 0:]:
+            part = rows[i * recipe.batch_size:(i + 1) * recipe.batch_size]
+            width = max(len(a) + len(b) for a, b in part)
+            ids = torch.full((len(part), width), tokenizer.pad_token_id)
+            labels = torch.full((len(part), width), -100)
+            for row, (a, b) in enumerate(part):
+                ids[row, :len(a) + len(b)] = torch.tensor(a + b)
+                labels[row, len(a):len(a) + len(b)] = torch.tensor(b)
+            yield ids, labels
+        block += 1
+
+
+def answer_loss(model: Any, ids: Any, labels: Any) -> Any:
+    """Mean cross-entropy of the answer tokens. Padding is on the right, so causal attention needs no mask; the
+    vocabulary head runs at answer positions only, which saves most of its work."""
+    import torch
+
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    wanted = labels[:, 1:]
+    keep = wanted != -100
+    return torch.nn.functional.cross_entropy(model.lm_head(hidden[keep]), wanted[keep])
+
+
+def train(recipe: Recipe, tokenizer: Any, held_out: Collection[str], checkpoint: Path, *, save_every: int = 200,
+          say: Callable[[str], None] = print, stop_after: int | None = None) -> tuple[Any, dict[str, Any]]:
+    """Train from scratch, or go on from `checkpoint` where it is of this recipe; returns the model and what was measured.
+
+    Raises PartialRun when the loss is not finite (nothing is saved then) or `stop_after` steps were done here.
+    """
+    import torch
+
+    model = make_model(recipe, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, betas=(.9, .98),
+                                  weight_decay=recipe.weight_decay)
+    done, seconds = _resume(checkpoint, recipe, model, optimizer)
+    if done:
+        say(f"{recipe.name}: resumed after step {done}")
+    model.train()
+    began, losses = time.monotonic() - seconds, []
+    source = batches(recipe, tokenizer, done, held_out)
+    for step in range(done, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(recipe, step)
+        loss = answer_loss(model, *next(source))
+        if not math.isfinite(value := loss.item()):
+            raise PartialRun(f"{recipe.name}: the loss is {value} at step {step + 1}; the checkpoint of step "
+                             f"{done} is kept, lower its learning_rate ({recipe.learning_rate}) and run again")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(value)
+        if (step + 1) % 50 == 0 or step + 1 == recipe.steps:
+            passed = time.monotonic() - began
+            left = passed / (step + 1) * (recipe.steps - step - 1)
+            say(f"{recipe.name}: step {step + 1}/{recipe.steps} loss {sum(losses[-50:]) / len(losses[-50:]):.3f} "
+                f"{passed / 60:.1f} min, {left / 60:.1f} min left")
+        if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
+            _save_checkpoint(checkpoint, recipe, model, optimizer, step + 1, time.monotonic() - began)
+        if stop_after is not None and step + 1 - done >= stop_after and step + 1 < recipe.steps:
+            raise PartialRun(f"{recipe.name}: stopped after step {step + 1} of {recipe.steps}; run the same command to go on")
+    return model.eval(), {"minutes": round((time.monotonic() - began) / 60, 2), "steps": recipe.steps,
+                          "problems": recipe.steps * recipe.batch_size,
+                          "parameters": sum(p.numel() for p in model.parameters()),
+                          "final_loss": round(sum(losses[-50:]) / max(1, len(losses[-50:])), 4) if losses else None}
+
+
+def _learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    if step < recipe.warmup:
+        return recipe.learning_rate * (step + 1) / recipe.warmup
+    along = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.learning_rate * (.05 + .95 * .5 * (1 + math.cos(math.pi * along)))
+
+
+def _save_checkpoint(path: Path, recipe: Recipe, model: Any, optimizer: Any, step: int, seconds: float) -> None:
+    import torch
+
+    state = {"recipe": asdict(recipe), "step": step, "seconds": seconds, "model": model.state_dict(),
+             "optimizer": optimizer.state_dict()}
+    write_atomic(path, lambda file: torch.save(state, file))
+
+
+def _resume(path: Path, recipe: Recipe, model: Any, optimizer: Any) -> tuple[int, float]:
+    """(steps done, seconds spent). A checkpoint of another recipe raises UserError rather than being mixed in."""
+    import torch
+
+    if not path.is_file():
+        return 0, 0.0
+    try:
+        state = torch.load(path, weights_only=True)
+    except Exception as error:  # torch names no class for a torn file
+        raise UserError(f"{path}: not a whole checkpoint ({type(error).__name__}); delete it to train {recipe.name} anew") from None
+    if state["recipe"] != asdict(recipe):
+        changed = [k for k, v in asdict(recipe).items() if state["recipe"].get(k) != v]
+        raise UserError(f"{path}: made by another recipe of {recipe.name} ({', '.join(changed)} changed); delete it or undo the change")
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["seconds"]
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Weights in fp16 safetensors beside the tokenizer: what ships is what answers (loaded back into fp32)."""
+    import torch
+
+    model.to(torch.float16).save_pretrained(folder)
+    model.to(torch.float32)
+    tokenizer.save_pretrained(folder)
+    fsync_folder(folder)
