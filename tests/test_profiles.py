@@ -1,0 +1,26 @@
+"""Hardware profiles load in accelerate, which refuses any key it does not know."""
+
+from __future__ import annotations
+
+import pytest
+
+
+def test_every_profile_loads(root):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    files = sorted((root / "accelerate_configs").glob("*.yaml"))
+    assert {"cpu", "rtx4060", "ddp_4gpu"} <= {f.stem for f in files}
+    for path in files:
+        config = load_config_from_file(str(path))
+        assert config.num_processes >= 1, path
+
+
+@pytest.mark.slow
+def test_accelerate_launches_a_script(root):
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+                           str(root / "accelerate_configs" / "cpu.yaml"), str(root / "src" / "train_deberta.py"), "--help"],
+                          capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and "--cache" in done.stdout, done.stderr
