@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from routewright.outcomes import OutcomeTable
 
 SMALL_SWEEP = 30_000_000  # N x M x T up to which plain numpy is quicker than importing numba
-LANES = 64  # resamples side by side in the sweep kernel; their counts for one block of prompts stay in the second-level cache
+LANES = 32  # resamples side by side in the sweep kernel, so that one block's counts (256 KB) stay in the second-level cache
 SAMPLE_FOR_WEIGHTS = 50_000  # prompts looked at to place the grid of cost weights
 
 
@@ -381,7 +381,7 @@ def _weigh_changes(counts: np.ndarray, first: np.ndarray, row: np.ndarray, dq: n
                    samples: np.ndarray) -> None:
     """Adds count x change of one block to `samples` (B / LANES, T, 2, LANES). Run through `compiled`."""
     b, n = counts.shape
-    turned = np.zeros((n, LANES))
+    turned = np.zeros((n, LANES), np.uint8)
     total_q, total_c = np.empty(LANES), np.empty(LANES)
     for chunk in range(samples.shape[0]):
         lanes = min(LANES, b - chunk * LANES)
@@ -395,8 +395,9 @@ def _weigh_changes(counts: np.ndarray, first: np.ndarray, row: np.ndarray, dq: n
             for e in range(first[k], first[k + 1]):
                 i, q, c = row[e], dq[e], dc[e]
                 for j in range(LANES):
-                    total_q[j] += turned[i, j] * q
-                    total_c[j] += turned[i, j] * c
+                    drawn = np.float64(turned[i, j])
+                    total_q[j] += drawn * q
+                    total_c[j] += drawn * c
             for j in range(lanes):
                 samples[chunk, k, 0, j] += total_q[j]
                 samples[chunk, k, 1, j] += total_c[j]

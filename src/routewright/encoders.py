@@ -17,7 +17,10 @@ import os
 import re
 import time
 import zipfile
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -249,6 +252,7 @@ class TfidfEncoder(Encoder):
         self.dimensions, self.features, self.characters, self.surface = dimensions, features, characters, surface
         self._parts: list[Any] = []
         self._components: np.ndarray | None = None
+        self._key = ""  # of the fit, for the memo; none after load
 
     @property
     def identity(self) -> str:
@@ -256,6 +260,10 @@ class TfidfEncoder(Encoder):
 
     def fit(self, texts: Sequence[str]) -> TfidfEncoder:
         super().fit(texts)
+        self._key = f"{self.identity}-{_texts_hash(texts)}"
+        if self._key in _MEMO:
+            self._parts, self._components = _MEMO[self._key]
+            return self
         self._parts = self._vectorizers()
         blocks = []
         for part in self._parts:
@@ -266,10 +274,12 @@ class TfidfEncoder(Encoder):
                 blocks.append(part.fit_transform(texts))
         matrix = _join(blocks)
         rank = min(self.dimensions, matrix.shape[1] - 1, matrix.shape[0] - 1)
+        self._components = None
         if self.dimensions and rank >= 1:
             from sklearn.decomposition import TruncatedSVD
 
             self._components = TruncatedSVD(rank, random_state=0, n_iter=3).fit(matrix).components_.astype(np.float32)
+        _remember(self._key, (self._parts, self._components))
         return self
 
     def _vectorizers(self, vocabulary: dict[str, list[str]] | None = None) -> list[Any]:
@@ -288,6 +298,10 @@ class TfidfEncoder(Encoder):
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, float]:
         assert self._parts, "fit or load first"
+        key = f"{self._key}-{_texts_hash(texts)}" if self._key else ""
+        if key in _MEMO:
+            return _MEMO[key]
+        began = time.perf_counter()
         rows = []
         for start in range(0, len(texts), 4096):
             matrix = _join([part.transform(texts[start:start + 4096]) for part in self._parts])
@@ -296,7 +310,10 @@ class TfidfEncoder(Encoder):
                 continue
             dense = np.asarray(matrix @ self._components.T)
             rows.append(dense / np.maximum(np.linalg.norm(dense, axis=1, keepdims=True), 1e-9))
-        return np.vstack(rows).astype(np.float32) if rows else np.zeros((0, 1), np.float32), 0.0
+        vectors = np.vstack(rows).astype(np.float32)
+        if key:
+            _remember(key, (vectors, time.perf_counter() - began))
+        return vectors, 0.0
 
     def save(self, folder: Path) -> None:
         super().save(folder)
@@ -314,6 +331,22 @@ class TfidfEncoder(Encoder):
         for i, part in enumerate(self._parts):
             part.idf_ = state[f"idf_{i}"]
         self._components = state.get("components")
+
+
+_MEMO: OrderedDict[str, Any] = OrderedDict()  # the last fits and encodings: an evaluation fits several routers over one
+
+
+def _remember(key: str, value: Any) -> None:
+    _MEMO[key] = value
+    while len(_MEMO) > 12:
+        _MEMO.popitem(last=False)
+
+
+def _texts_hash(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(text.encode("utf-8", "surrogatepass") + b"\x1f")
+    return digest.hexdigest()[:16]
 
 
 def _join(blocks: list[Any]) -> Any:
@@ -338,7 +371,7 @@ class TextEncoder(Encoder):
         self._cache = _VectorCache(_cache_folder(cache), self.identity)
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, float]:
-        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+        keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
         spared = sum(self._cache.seconds(key) for key in keys if key not in missing)
         if missing:
@@ -346,7 +379,7 @@ class TextEncoder(Encoder):
             for start in range(0, len(order), _CHUNK):
                 chunk = order[start:start + _CHUNK]
                 began = time.perf_counter()
-                vectors = _embed(str(self.folder), [missing[key] for key in chunk], self.batch_size, self.max_length)
+                vectors = _embed(self.folder, [missing[key] for key in chunk], self.batch_size, self.max_length)
                 self._cache.add(chunk, vectors, (time.perf_counter() - began) / len(chunk))
             self._cache.flush()
         return self._cache.vectors(keys), spared
@@ -356,40 +389,90 @@ _CHUNK = 256  # texts of like length that are timed together
 _MODELS: dict[str, Any] = {}  # loaded once per process: seeds and routers share them
 
 
-def _embed(folder: str, texts: list[str], batch_size: int, max_length: int | None) -> np.ndarray:
+@dataclass
+class _SentenceModel:
+    """A network, its tokenizer, and how token states become one vector."""
+
+    network: Any
+    tokenizer: Any
+    pooling: str  # "mean" or "cls"
+    max_length: int
+
+    def embed(self, texts: list[str], batch_size: int, max_length: int | None) -> np.ndarray:
+        import torch
+
+        limit = min(self.max_length, max_length or self.max_length)
+        rows = []
+        with torch.inference_mode():
+            for start in range(0, len(texts), batch_size):
+                batch = self.tokenizer(texts[start:start + batch_size], padding=True, truncation=True, max_length=limit,
+                                       return_tensors="pt").to(self.network.device)
+                hidden = self.network(**batch).last_hidden_state.float()  # (B, T, D)
+                if self.pooling == "cls":
+                    vectors = hidden[:, 0]
+                else:
+                    mask = batch["attention_mask"].unsqueeze(-1).float()
+                    vectors = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
+                rows.append(torch.nn.functional.normalize(vectors, dim=1).cpu().numpy())
+        return np.vstack(rows)
+
+
+def _embed(folder: Path, texts: list[str], batch_size: int, max_length: int | None) -> np.ndarray:
     """float32 (N, D), each of length 1. Raises MissingSetup when the weights do not load."""
-    import torch
-
-    if folder not in _MODELS:
-        _MODELS[folder] = _load_sentence_model(folder) if (Path(folder) / "modules.json").is_file() else load_encoder(folder)
-    model = _MODELS[folder]
-    if not isinstance(model, tuple):
-        model.max_seq_length = min(max_length or model.own_length, model.own_length)
-        return model.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False,
-                            convert_to_numpy=True).astype(np.float32)
-    network, tokenizer = model
-    rows = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), batch_size):
-            batch = tokenizer(texts[start:start + batch_size], padding=True, truncation=True, return_tensors="pt",
-                              max_length=min(max_length or 512, longest_input(network, tokenizer)))
-            batch = batch.to(network.device)
-            hidden = network(**batch).last_hidden_state.float()
-            mask = batch["attention_mask"].unsqueeze(-1).float()
-            mean = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1.0)
-            rows.append(torch.nn.functional.normalize(mean, dim=1).cpu().numpy())
-    return np.vstack(rows).astype(np.float32)
+    key = str(folder)
+    if key not in _MODELS:
+        chain = _read_chain(folder)
+        if chain is None:
+            _MODELS[key] = _load_sentence_transformer(folder)
+        else:
+            network, tokenizer = load_encoder(folder)
+            own = min(chain["max_length"] or 512, longest_input(network, tokenizer))
+            _MODELS[key] = _SentenceModel(network, tokenizer, chain["pooling"], own)
+    model = _MODELS[key]
+    if isinstance(model, _SentenceModel):
+        return model.embed(texts, batch_size, max_length)
+    model.max_seq_length = min(max_length or model.own_length, model.own_length)
+    return model.encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False,
+                        convert_to_numpy=True).astype(np.float32)
 
 
-def _load_sentence_model(folder: str) -> Any:
+def _read_chain(folder: Path) -> dict[str, Any] | None:
+    """Pooling and length limit of a folder that is encoder, mean or cls pooling, and perhaps normalising; else None.
+
+    Nearly every sentence encoder is such a chain. Reading it here spares the import of sentence_transformers, which
+    costs more seconds than embedding a small cache, and lets the checked tokenizer be used.
+    """
+    def read(name: str) -> Any:
+        path = folder / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        except ValueError as error:
+            raise MissingSetup(f"{path}: not JSON ({error}); fetch the file again") from None
+
+    modules = read("modules.json")
+    if not modules:
+        return {"pooling": "mean", "max_length": None}
+    kinds = [str(module.get("type", "")).rsplit(".", 1)[-1] for module in modules]
+    own = read("sentence_bert_config.json")
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
+        return None
+    pooling = read(f"{modules[1]['path']}/config.json")
+    modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else [
+        key.removeprefix("pooling_mode_").split("_")[0] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+    if modes not in (["mean"], ["cls"]) or pooling.get("include_prompt") is False or own.get("do_lower_case"):
+        return None
+    return {"pooling": modes[0], "max_length": own.get("max_seq_length")}
+
+
+def _load_sentence_transformer(folder: Path) -> Any:
+    """Every other kind of sentence encoder, by sentence-transformers itself."""
+    load_tokenizer(folder)  # for its check
     from sentence_transformers import SentenceTransformer
 
-    tokenizer = load_tokenizer(folder)
     try:
-        model = SentenceTransformer(folder, local_files_only=True, trust_remote_code=False)
+        model = SentenceTransformer(str(folder), local_files_only=True, trust_remote_code=False, device=torch_device())
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loading(folder, error) from None
-    model.tokenizer = tokenizer
     model.own_length = model.max_seq_length or 512
     return model.eval()
 
@@ -401,8 +484,9 @@ def load_encoder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
     from transformers import AutoModel
 
     try:
-        network, report = AutoModel.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False,
-                                                    output_loading_info=True)
+        with quiet_loading():
+            network, report = AutoModel.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False,
+                                                        output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _not_loading(path, error) from None
     fresh = [key for key in report["missing_keys"] if "pooler" not in key]  # we pool ourselves
@@ -413,6 +497,22 @@ def load_encoder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
         raise MissingSetup(f"{path}: the tokenizer knows {len(tokenizer)} tokens and the network "
                            f"{network.get_input_embeddings().num_embeddings}; they do not belong together")
     return network.to(torch_device()).float().eval(), tokenizer
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars and no loading report while weights load: what matters in the report is raised by the caller."""
+    from transformers.utils import logging as theirs
+
+    level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if bars:
+            theirs.enable_progress_bar()
 
 
 def longest_input(network: Any, tokenizer: Any) -> int:

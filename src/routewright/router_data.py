@@ -21,7 +21,7 @@ from routewright.textfiles import nearest, open_text, read_jsonl
 PAIR_FIELDS = ("question", "llm_id", "label")
 SEPARATOR = "<SEP>"  # CoBench's own marker; used in `compat` texts only
 RARE_SHARE = 0.10  # a class rarer than this is reported, with the cure
-MEGA_BATCHES = 50  # batches sorted by length together; more pads less and shuffles less
+MEGA_BATCHES = 100  # batches sorted by length together; more pads less and shuffles less
 MAX_POS_WEIGHT = 20.0
 
 
@@ -74,7 +74,9 @@ def read_pairs(path: str | Path, num_labels: int = 2, skip_bad: int = 0) -> Pair
 
 def pairs_of_table(table: Any) -> PairData:
     """The rows of an outcome cache as pairs: one per prompt and model, label 1 where the recorded answer was right."""
-    questions = [p.prompt for p in table.prompts for _ in table.models]
+    from routewright.routers.base import prompt_text
+
+    questions = [prompt_text(p) for p in table.prompts for _ in table.models]
     llm_ids = [name for _ in table.prompts for name in table.models]
     labels = (np.asarray(table.quality) >= 0.5).astype(np.int64).reshape(-1)
     return PairData(questions, llm_ids, labels, list(range(1, len(questions) + 1)), "cache")

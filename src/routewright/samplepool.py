@@ -13,16 +13,18 @@ Everything is drawn from `random.Random` seeded with text, whose stream is the s
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from routewright.errors import PartialRun, UserError
-from routewright.schema import Prompt
+from routewright.schema import Outcome, Prompt
 from routewright.textfiles import fsync_folder, write_atomic
 
 LARGEST = 199  # every number in a problem or its working lies in 0..199, one token each
@@ -190,8 +192,9 @@ def _transfer(rng: random.Random) -> Problem:
     held = {name: (rng.randint(20, 80) if large else rng.randint(6, 20)) for name in people}
     lines = [f"{name} has {k} {thing}." for name, k in held.items()]
     asked, wanted, working, idle = rng.choice(people), rng.choices(range(1, 5), (4, 4, 3, 2))[0], [], 0
+    others = [name for name in people if name != asked]
     while len(working) < wanted:
-        giver, taker = rng.sample(people, 2)
+        giver, taker = rng.sample(people, 2) if idle < 2 else rng.sample([asked, rng.choice(others)], 2)
         k = rng.randint(1, 20 if large else 9)
         if held[giver] < k or held[taker] + k > LARGEST:
             continue
@@ -202,8 +205,6 @@ def _transfer(rng: random.Random) -> Problem:
                 working.append(_sum(op, k, held[name], after))
             held[name] = after
         idle += asked not in (giver, taker)
-        if idle > 2:
-            people = [asked, *[p for p in people if p != asked][:1]]
     lines.append(rng.choice((f"How many {thing} does {asked} have now?", f"How many are with {asked} in the end?")))
     return Problem("transfer", " ".join(lines), held[asked], tuple(working), idle, large)
 
@@ -308,8 +309,6 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
     learner.train_from_iterator([f" {word}" for word in words for _ in range(2)], trainers.BpeTrainer(
         vocab_size=100_000, min_frequency=2, show_progress=False, special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
-    import json
-
     learned = json.loads(learner.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=learned["vocab"], merges=[tuple(m) for m in learned["merges"]], pad_token="<pad>", bos_token="<bos>",
@@ -356,6 +355,52 @@ RECIPES = (
     Recipe("mid", hidden=64, layers=3, heads=4, worked=True, steps=2000, learning_rate=3e-3, seed=12, mix=CLOCK_BLIND),
     Recipe("strong", hidden=96, layers=4, heads=4, worked=True, steps=2600, learning_rate=2.5e-3, seed=13, mix=CLOCK_BLIND),
 )
+
+QUICK_RECIPES = tuple(
+    Recipe(r.name, hidden=32, layers=1 if r.name == "cheap" else 2, heads=2, worked=r.worked, steps=120,
+           learning_rate=5e-3, seed=r.seed, mix=r.mix, batch_size=16, warmup=10) for r in RECIPES)
+
+# USD per million tokens. Invented, 1:15 between the ends as is common between a provider's small and large model.
+POOL_YAML = """\
+# The sample pool: three small models trained by src/make_sample_pool.py. The prices are invented, 1:5:15 per token.
+name: sample
+prices_dated: 2026-11-20
+models:
+  - name: cheap
+    price_input: 0.10
+    price_output: 0.40
+    path: models/cheap
+    context_window: 512
+    max_output_tokens: 80
+    tiers: [budget]
+    description: 2 layers of 64, answers at once
+  - name: mid
+    price_input: 0.50
+    price_output: 2.00
+    path: models/mid
+    context_window: 512
+    max_output_tokens: 80
+    tiers: [standard]
+    description: 3 layers of 64, writes its working first
+  - name: strong
+    price_input: 1.50
+    price_output: 6.00
+    path: models/strong
+    context_window: 512
+    max_output_tokens: 80
+    tiers: [premium]
+    description: 4 layers of 96, writes its working first; saw hardly any clock problems
+"""
+
+
+def as_row(recipe: Recipe) -> dict[str, Any]:
+    return asdict(recipe)
+
+
+def vocabulary_texts() -> list[str]:
+    """Texts that hold every word the problems, their workings and simple routing answers use."""
+    problems = make_problems("vocabulary", 3000)
+    return [f"{p.text} {p.solution(True)}" for p in problems] + ["cheap mid strong yes no true false correct wrong"]
 
 
 def make_model(recipe: Recipe, tokenizer: Any) -> Any:
@@ -497,3 +542,93 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     model.to(torch.float32)
     tokenizer.save_pretrained(folder)
     fsync_folder(folder)
+
+
+# What it came to -----------------------------------------------------------------------------------------------------
+
+def readme(outcomes: Sequence[Outcome], folder: Path) -> str:
+    """The Markdown that ships beside the cache: what it is, how it was made, accuracies by difficulty, all measured."""
+    names = list(dict.fromkeys(o.model_name for o in outcomes))
+    right = {(o.prompt_id, o.model_name, o.sample): o.quality or 0.0 for o in outcomes}
+    prompts = {o.prompt_id: o for o in outcomes if o.sample == 0}
+    known = {i: difficulty(i) for i in prompts}
+    samples = sorted({o.sample for o in outcomes})
+    made = {name: json.loads((folder / "models" / name / "training.json").read_text(encoding="utf-8")) for name in names}
+
+    def share(values: Iterable[float]) -> str:
+        values = list(values)
+        return f"{sum(values) / len(values):.3f}" if values else "-"
+
+    def by(title: str, label: Callable[[str], Any]) -> list[str]:
+        rows = [f"| {title} | prompts | {' | '.join(names)} | oracle |", "|---" * (len(names) + 3) + "|"]
+        for value in sorted({label(i) for i in prompts}):
+            ids = [i for i in prompts if label(i) == value]
+            cells = [share(right[i, name, 0] for i in ids) for name in names]
+            best = share(max(right[i, name, 0] for name in names) for i in ids)
+            rows.append(f"| {value} | {len(ids)} | {' | '.join(cells)} | {best} |")
+        return [*rows, ""]
+
+    def model_row(name: str) -> str:
+        recipe, measured = made[name], made[name]["measured"]
+        mine = [o for o in outcomes if o.model_name == name]
+        tokens = sum(o.token_usage.output for o in mine if o.sample == 0) / len(prompts)
+        scores = " | ".join(share(right[i, name, s] for i in prompts) for s in samples)
+        return (f"| {name} | {measured['parameters']:,} | {recipe['layers']} x {recipe['hidden']} | "
+                f"{'working, then answer' if recipe['worked'] else 'answer at once'} | {recipe['steps']:,} | {recipe['seed']} | "
+                f"{measured['minutes']} | {scores} | {tokens:.1f} |")
+
+    splits = Counter(o.split for o in prompts.values())
+    ends = names[0], names[-1]
+    lines = [
+        "# The sample pool", "",
+        "Three small language models of the Qwen2 architecture, trained from scratch by `src/make_sample_pool.py` on generated",
+        "word problems, and everything they answered. All of it is made here, and small enough to ship; the prices in `pool.yaml` are",
+        "invented (1:5:15 per token). Nothing in it says how large models behave: it is real data to try the tools on.", "",
+        "| file | what it is |", "|---|---|",
+        f"| `outcomes.jsonl.gz` | the cache: {len(prompts):,} prompts x {len(names)} models x {len(samples)} samples, "
+        "sample 0 greedy, the others drawn at the temperature in `cache.json` |",
+        "| `prompts.jsonl.gz` | the prompts; the id tells the difficulty: task, steps, distracting sentences, size of the numbers |",
+        "| `pool.yaml` | models and prices |", "| `models/*/` | weights (fp16 safetensors, answered in fp32), tokenizer, `training.json` |", "",
+        "Made by, in this order:", "", "```",
+        "python src/make_sample_pool.py --output_dir data/sample",
+        "python src/build_cache.py --prompts data/sample/prompts.jsonl.gz --pool data/sample/pool.yaml --output_dir data/sample",
+        "python src/make_sample_pool.py --output_dir data/sample --report true", "```", "",
+        f"The prompts are drawn with seed `cache/1`, a training problem of a model with `train/<seed>/<block>`; a text of the cache is "
+        f"never trained on. Near-duplicates share a group; splits by group: train {splits['train']}, dev {splits['dev']}, "
+        f"test {splits['test']}. Minutes were measured on two cores shared with other work.", "",
+        "## Models", "",
+        f"| model | parameters | layers x width | answers | steps of {made[names[0]]['batch_size']} | seed | minutes | "
+        + " | ".join(f"right, sample {s}" for s in samples) + " | output tokens |",
+        "|---" * (8 + len(samples)) + "|", *[model_row(name) for name in names], "",
+        f"Oracle (any model right, greedy): {share(max(right[i, n, 0] for n in names) for i in prompts)}. "
+        f"{ends[0]} right where {ends[1]} is wrong: {share(right[i, ends[0], 0] * (1 - right[i, ends[1], 0]) for i in prompts)}; "
+        f"{ends[1]} right where {ends[0]} is wrong: {share(right[i, ends[1], 0] * (1 - right[i, ends[0], 0]) for i in prompts)}; "
+        f"both wrong: {share((1 - right[i, ends[0], 0]) * (1 - right[i, ends[1], 0]) for i in prompts)}.", "",
+        "`clock` is the task that the stronger models hardly saw in training (0.4 % of their problems, "
+        f"{CACHE_MIX['clock']:.0%} of the cheap one's): a dear model is not better at everything.", "",
+        "## Right answers by difficulty (greedy)", "",
+        *by("task", lambda i: known[i]["task"]), *by("steps", lambda i: known[i]["steps"]),
+        *by("distracting sentences", lambda i: known[i]["distractors"]), *by("numbers", lambda i: known[i]["size"]),
+        *by("words in the prompt", lambda i: _length_band(prompts[i].prompt)),
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _length_band(text: str) -> str:
+    words = len(text.split())
+    low = next(edge for edge in (50, 40, 30, 20, 0) if words >= edge)
+    return f"{low}-{low + 9}" if 0 < low < 50 else "under 20" if low == 0 else "50 or more"
+
+
+def alpaca_rows(outcomes: Sequence[Outcome], n: int = 200) -> list[dict[str, str]]:
+    """Routing examples in Alpaca form: the problem, and the name of the cheapest model that was right (greedy).
+
+    Models count from cheapest to dearest in the order of the cache. Problems that no model got right go to the last.
+    """
+    names = list(dict.fromkeys(o.model_name for o in outcomes))
+    right: dict[str, dict[str, bool]] = {}
+    for outcome in outcomes:
+        if outcome.sample == 0 and outcome.split == "train":
+            right.setdefault(outcome.prompt, {})[outcome.model_name] = bool(outcome.is_correct)
+    return [{"instruction": text, "input": "", "output": next((name for name in names if known[name]), names[-1])}
+            for text, known in list(right.items())[:n]]

@@ -291,17 +291,17 @@ def curve_intervals(score: np.ndarray, cheap_quality: np.ndarray, strong_quality
     if classes is not None:
         cells = np.bincount(bins * len(classes) + member, minlength=(t + 1) * len(classes))
         drawn = np.random.default_rng([seed % 2**64, n]).multinomial(n, cells / n, size=n_resamples)
-        table = np.concatenate([cells[None], drawn]).reshape(n_resamples + 1, t + 1, len(classes)) / n
+        table = np.concatenate([cells[None], drawn]).reshape(n_resamples + 1, t + 1, len(classes))
         share, low, high = table.sum(axis=2), table @ classes[:, 0], table @ classes[:, 1]
-        method = "classes"
+        method, whole = "classes", float(n)
     else:
         columns = _bin_columns(bins, pair, t)
         stacked = Resampler(n, n_resamples, seed).means(columns)
         stacked = np.concatenate([columns.mean(axis=0)[None], stacked]).reshape(n_resamples + 1, 3, t + 1)
         share, low, high = stacked[:, 0], stacked[:, 1], stacked[:, 2]
-        method = "resamples"
-    share, quality = _curve_from_bins(share, low, high)
-    apgr, undefined = _apgr_interval(share, quality, low.sum(axis=1), high.sum(axis=1), level)
+        method, whole = "resamples", 1.0
+    share, quality = _curve_from_bins(share, low, high, whole)
+    apgr, undefined = _apgr_interval(share, quality, low.sum(axis=1) / whole, high.sum(axis=1) / whole, level)
     share_lo, share_hi = interval(share[1:], level)
     quality_lo, quality_hi = interval(quality[1:], level)
     return CurveIntervals(grid, share[0], share_lo, share_hi, quality[0], quality_lo, quality_hi, apgr, undefined,
@@ -337,11 +337,12 @@ def _bin_columns(bins: np.ndarray, pair: np.ndarray, t: int) -> np.ndarray:
     return columns.reshape(len(bins), -1)
 
 
-def _curve_from_bins(share: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(B, T + 1) sums by bin -> (B, T) strong share and quality at each threshold."""
+def _curve_from_bins(share: np.ndarray, low: np.ndarray, high: np.ndarray,
+                     whole: float) -> tuple[np.ndarray, np.ndarray]:
+    """(B, T + 1) sums by bin over `whole` prompts -> (B, T) strong share and quality at each threshold."""
     strong = np.cumsum(high, axis=1)[:, :-1]
     cheap = low.sum(axis=1, keepdims=True) - np.cumsum(low, axis=1)[:, :-1]
-    return np.cumsum(share, axis=1)[:, :-1], strong + cheap
+    return np.cumsum(share, axis=1)[:, :-1] / whole, (strong + cheap) / whole
 
 
 def _apgr_interval(share: np.ndarray, quality: np.ndarray, low: np.ndarray, high: np.ndarray,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import re
+import string
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,12 +30,12 @@ def build_vocabulary(texts: Iterable[str], size: int = 4000) -> list[tuple[str, 
     """(piece, log probability) pairs, special tokens first; the same texts give the same list.
 
     60 % of the room goes to whole words seen at least twice, the rest to pieces of 2-4 characters; every character
-    seen is always kept, so that only characters new to the data become [UNK].
+    seen, and all of ASCII, is always kept, so that only strange signs become [UNK].
     """
     words: Counter[str] = Counter()
     for text in texts:
         words.update(_runs(text))
-    characters: Counter[str] = Counter()
+    characters = Counter(string.ascii_letters + string.digits + string.punctuation + "▁")  # never unknown, seen or not
     pieces: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:

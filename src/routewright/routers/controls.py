@@ -34,29 +34,6 @@ def prompt_draws(prompts: Sequence[Prompt], seed: int, columns: int = 1) -> np.n
     return (np.frombuffer(raw, dtype="<u8").reshape(len(prompts), 4 * blocks)[:, :columns] >> 11) / 2.0**53
 
 
-def mix_at_budget(quality: np.ndarray, cost: np.ndarray, budget: float) -> np.ndarray:
-    """Shares (M,) of the best fixed split whose mean cost is at most `budget`.
-
-    quality, cost: (M,) means of the constant decisions. The optimum is one constant or a mix of two that are
-    neighbours on the upper hull. A budget below the cheapest model gets the cheapest model.
-    """
-    best = np.zeros(len(quality))
-    best[np.lexsort((-quality, cost))[0]] = 1.0
-    value = -np.inf if cost.min() > budget else float(quality @ best)
-    for i in range(len(quality)):
-        for j in range(len(quality)):
-            if cost[i] > budget or (i != j and cost[j] <= budget):
-                continue  # i fits the budget alone; j only as part of a mix
-            share = 0.0 if i == j else (budget - cost[i]) / (cost[j] - cost[i])
-            mixed = (1 - share) * quality[i] + share * quality[j]
-            if mixed > value + 1e-15:
-                value = mixed
-                best = np.zeros(len(quality))
-                best[i] += 1 - share
-                best[j] += share
-    return best
-
-
 def _one_hot(index: np.ndarray, columns: int) -> np.ndarray:
     return np.eye(columns)[index]
 
@@ -152,8 +129,8 @@ def _draw(shares: np.ndarray, prompts: Sequence[Prompt], seed: int) -> np.ndarra
 class FixedSplitRouter(_Control):
     """The best fixed split: which share of the prompts each model gets, chosen on dev, blind to the prompt.
 
-    `budget` is the mean USD per prompt the split may spend; without it, quality - cost_weight * cost is maximised,
-    whose optimum is a single model. Estimates are the dev means of each model, the same for every prompt.
+    `budget` is the mean USD per prompt the split may spend: the optimum is then one model or a mix of two. Without it,
+    quality - cost_weight * cost is maximised, whose optimum is a single model. Estimates are the dev means of each model, the same for every prompt.
     """
 
     kind: ClassVar[str] = "fixed_split"
@@ -174,7 +151,9 @@ class FixedSplitRouter(_Control):
         table = train if dev is None else dev
         self.means, cost = table.quality.mean(axis=0), table.cost.mean(axis=0)
         if self.budget is not None:
-            self.shares = mix_at_budget(self.means, cost, self.budget)
+            from routewright.metrics import mix_weights
+
+            self.shares = mix_weights(self.budget, cost, self.means)
         else:
             self.shares = _one_hot(np.argmax(self.means - self.cost_weight * cost), len(self.models))
 

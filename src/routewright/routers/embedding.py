@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 L2_GRID = (1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)  # from nearly constant to nearly free
-DEFAULT_L2 = 3e-3  # without a dev split
+K_GRID = (5, 10, 20, 40, 80, 160)
+TEMPERATURES = (0.05, 0.1, 0.3, 1.0)
+DEFAULT_L2, DEFAULT_K, DEFAULT_TEMPERATURE = 3e-3, 40, 0.1  # without a dev split
 _EPS = 1e-7
 
 
@@ -116,51 +118,64 @@ class EncoderRouter(Router):
 class KnnRouter(EncoderRouter):
     """Similarity-weighted mean of the soft labels of the k nearest train prompts (cosine).
 
-    `k: 0` chooses k on dev. A neighbour's weight is exp((similarity - highest) / temperature).
+    A neighbour's weight is exp((similarity - highest) / temperature). Left at 0, k and temperature are chosen on dev by
+    the squared error of the estimates.
     """
 
     kind: ClassVar[str] = "knn"
 
-    k: int = 40
-    temperature: float = 0.1
-    vectors: np.ndarray | None = field(default=None, init=False, repr=False)
-    labels: np.ndarray | None = field(default=None, init=False, repr=False)
-    chosen_k: int = field(default=0, init=False)
+    k: int = 0
+    temperature: float = 0.0
+    vectors: np.ndarray | None = field(default=None, init=False, repr=False)  # (train, D), unit length
+    labels: np.ndarray | None = field(default=None, init=False, repr=False)  # (train, M)
+    chosen: tuple[int, float] = field(default=(0, 0.0), init=False)  # k, temperature
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.k < 0 or self.temperature <= 0:
-            raise UserError(f"router {self.name!r}: k must be 0 (chosen on dev) or more and temperature above 0; "
+        if self.k < 0 or self.temperature < 0:
+            raise UserError(f"router {self.name!r}: k and temperature must be 0 (chosen on dev) or more; "
                             f"got k {self.k}, temperature {self.temperature}")
 
     def _fit_vectors(self, x: np.ndarray, y: np.ndarray, dev: tuple[np.ndarray, np.ndarray] | None, seed: int) -> None:
-        self.vectors, self.labels = _unit(x), y.astype(np.float32)
-        self.chosen_k = self.k or 40
-        if not self.k and dev is not None:
-            grid = [k for k in (5, 10, 20, 40, 80, 160) if k <= len(x)] or [1]
-            losses = [np.mean((self._neighbours(dev[0], k) - dev[1]) ** 2) for k in grid]
-            self.chosen_k = grid[int(np.argmin(losses))]
+        self.vectors, self.labels = _unit(x).astype(np.float32), y.astype(np.float32)
+        ks = [self.k] if self.k else sorted({min(k, len(x)) for k in K_GRID})
+        temperatures = [self.temperature] if self.temperature else TEMPERATURES
+        self.chosen = (self.k or DEFAULT_K, self.temperature or DEFAULT_TEMPERATURE)
+        if dev is None or len(ks) * len(temperatures) == 1:
+            return
+        similarity, near = self._nearest(dev[0], max(ks))
+        errors = {(k, t): np.mean((self._average(similarity[:, :k], near[:, :k], t) - dev[1]) ** 2)
+                  for k in ks for t in temperatures}
+        self.chosen = min(errors, key=errors.__getitem__)
 
     def _estimate_vectors(self, x: np.ndarray) -> np.ndarray:
-        return self._neighbours(x, self.chosen_k)
+        k, temperature = self.chosen
+        parts = [self._average(*self._nearest(x[i:i + 1024], k), temperature) for i in range(0, len(x), 1024)]
+        return np.vstack(parts)
 
-    def _neighbours(self, x: np.ndarray, k: int) -> np.ndarray:
+    def _nearest(self, x: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities and row numbers of the k nearest train prompts, (N, k) each, nearest first."""
         k = min(k, len(self.vectors))
-        rows = []
+        similarities, rows = [], []
         for start in range(0, len(x), 1024):
-            similarity = _unit(x[start:start + 1024]) @ self.vectors.T  # (B, train)
+            similarity = _unit(x[start:start + 1024]).astype(np.float32) @ self.vectors.T  # (B, train)
             near = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-            near.sort(axis=1)  # one order of summation whatever the partition did
             close = np.take_along_axis(similarity, near, axis=1)
-            weight = np.exp((close - close.max(axis=1, keepdims=True)) / self.temperature)
-            rows.append(np.einsum("bk,bkm->bm", weight / weight.sum(axis=1, keepdims=True), self.labels[near]))
-        return np.vstack(rows)
+            order = np.lexsort((near, -close), axis=1)  # ties by row number, whatever the partition did
+            similarities.append(np.take_along_axis(close, order, axis=1))
+            rows.append(np.take_along_axis(near, order, axis=1))
+        return np.vstack(similarities), np.vstack(rows)
+
+    def _average(self, similarity: np.ndarray, near: np.ndarray, temperature: float) -> np.ndarray:
+        weight = np.exp((similarity - similarity[:, :1]) / temperature)
+        return np.einsum("bk,bkm->bm", weight / weight.sum(axis=1, keepdims=True), self.labels[near])
 
     def _state(self) -> dict[str, np.ndarray]:
-        return super()._state() | {"vectors": self.vectors, "labels": self.labels, "k": np.array([self.chosen_k])}
+        return super()._state() | {"vectors": self.vectors, "labels": self.labels, "chosen": np.array(self.chosen, np.float64)}
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
-        self.vectors, self.labels, self.chosen_k = state["vectors"], state["labels"], int(state["k"][0])
+        self.vectors, self.labels = state["vectors"], state["labels"]
+        self.chosen = int(state["chosen"][0]), float(state["chosen"][1])
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -171,16 +186,18 @@ def _unit(x: np.ndarray) -> np.ndarray:
 class LinearRouter(EncoderRouter):
     """A logistic regression per model, on soft labels, with an L2 penalty chosen per model on dev.
 
-    `l2` fixes the penalty (per prompt) instead. The grid starts so strong that a model without any signal in the
+    `l2` fixes the penalty (per prompt) instead; `standardise` gives every column of the vectors the same spread. The grid starts so strong that a model without any signal in the
     prompts keeps a nearly constant estimate.
     """
 
     kind: ClassVar[str] = "linear"
 
     l2: float = 0.0
+    standardise: bool = False
     weights: np.ndarray | None = field(default=None, init=False, repr=False)  # (D, M)
     bias: np.ndarray | None = field(default=None, init=False, repr=False)  # (M,)
     chosen_l2: list[float] = field(default_factory=list, init=False)
+    scale: tuple[np.ndarray, np.ndarray] | None = field(default=None, init=False, repr=False)  # mean, factor (D,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,6 +205,10 @@ class LinearRouter(EncoderRouter):
             raise UserError(f"router {self.name!r}: l2 must be 0 (chosen on dev) or more; got {self.l2}")
 
     def _fit_vectors(self, x: np.ndarray, y: np.ndarray, dev: tuple[np.ndarray, np.ndarray] | None, seed: int) -> None:
+        if self.standardise:
+            # Unit length again on average, so that one grid of penalties fits both kinds of columns.
+            self.scale = x.mean(axis=0), 1.0 / (np.maximum(x.std(axis=0), 1e-6) * np.sqrt(x.shape[1]))
+        x, dev = self._scaled(x), None if dev is None else (self._scaled(dev[0]), dev[1])
         grid = (self.l2,) if self.l2 else L2_GRID if dev is not None else (DEFAULT_L2,)
         best = np.full(y.shape[1], np.inf)
         self.weights, self.bias = np.zeros((x.shape[1], y.shape[1])), np.zeros(y.shape[1])
@@ -205,14 +226,19 @@ class LinearRouter(EncoderRouter):
                 break
         self.chosen_l2 = chosen.tolist()
 
+    def _scaled(self, x: np.ndarray) -> np.ndarray:
+        return x if self.scale is None else (x - self.scale[0]) * self.scale[1]
+
     def _estimate_vectors(self, x: np.ndarray) -> np.ndarray:
-        return sigmoid(x @ self.weights + self.bias)
+        return sigmoid(self._scaled(x) @ self.weights + self.bias)
 
     def _state(self) -> dict[str, np.ndarray]:
-        return super()._state() | {"weights": self.weights, "bias": self.bias, "l2": np.array(self.chosen_l2)}
+        state = super()._state() | {"weights": self.weights, "bias": self.bias, "l2": np.array(self.chosen_l2)}
+        return state if self.scale is None else state | {"scale_mean": self.scale[0], "scale_factor": self.scale[1]}
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
         self.weights, self.bias, self.chosen_l2 = state["weights"], state["bias"], state["l2"].tolist()
+        self.scale = (state["scale_mean"], state["scale_factor"]) if "scale_mean" in state else None
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, l2: float,
@@ -317,6 +343,7 @@ def train_factors(x: np.ndarray, y: np.ndarray, dev: tuple[np.ndarray, np.ndarra
     def logits(rows: torch.Tensor) -> torch.Tensor:
         return (rows @ values["project"]) @ (normalize(values["models"], dim=1) * values["weigh"]).T + values["bias"]
 
+    batch_size = min(batch_size, max(16, len(xs) // 10))  # a small train split still gets ten steps an epoch
     generator = torch.Generator().manual_seed(seed)
     best, best_loss, history = start, np.inf, []
     for epoch in range(epochs):

@@ -1,0 +1,255 @@
+"""The charts of a report, as Vega-Lite specifications: plain JSON that draws the page, the PNG and W&B's image alike.
+
+Each function takes the content of comparison.json and returns a specification without colours of axes and text:
+those come from `theme`, so that the page can follow the reader's light or dark setting. `write_png` needs no browser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from routewright.textfiles import write_atomic
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name, never fetched
+# Distinct for the common forms of colour blindness and legible on white and on near-black.
+COLOURS = ("#3f7fe0", "#e07b29", "#1f9d78", "#b4559c", "#8a6fe0", "#b8931f", "#3aa0c2", "#d1495b", "#6f8f3a", "#a0704a")
+CONTROL_COLOURS = ("#8b93a1", "#a79f93", "#94a89b", "#a196a8")
+LOG_FROM = 8.0  # ratio of dearest to cheapest at which a linear cost axis would hide the cheap end
+FEWEST_TASKS, MOST_TASKS = 2, 24
+
+
+def theme(dark: bool = False) -> dict[str, Any]:
+    """The colours and fonts of axes, legends and text."""
+    ink, faint, line = ("#e8eaed", "#9aa3b0", "#2c333d") if dark else ("#1c2430", "#5c6675", "#e3e6eb")
+    font = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+    return {
+        "background": "transparent" if dark else "#ffffff", "font": font, "view": {"stroke": None},
+        "axis": {"labelColor": faint, "titleColor": faint, "gridColor": line, "domainColor": line, "tickColor": line,
+                 "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelLimit": 180},
+        "legend": {"labelColor": ink, "titleColor": faint, "labelFontSize": 12, "titleFontSize": 12, "orient": "bottom",
+                   "columns": 4, "labelLimit": 200, "titleFontWeight": "normal"},
+        "text": {"color": ink, "fontSize": 12}, "title": {"color": ink, "anchor": "start", "fontSize": 14}}
+
+
+def colours(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """(names, colours): routers in the bright colours, content controls in greys."""
+    routers = [n for n, r in results["routers"].items() if not r["control"]]
+    controls = [n for n, r in results["routers"].items() if r["control"]]
+    return [*routers, *controls], [*(COLOURS[i % len(COLOURS)] for i in range(len(routers))),
+                                   *(CONTROL_COLOURS[i % len(CONTROL_COLOURS)] for i in range(len(controls)))]
+
+
+def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Quality over cost: a curve with its band per router, the models as labelled points, the mix, the oracle."""
+    names, palette = colours(results)
+    per_1k = [c * 1000 for c in results["grid"]]
+    axis_scale = _cost_scale([*per_1k, results["oracle"]["cost_per_1k"]["value"]])
+    x = {"field": "cost", "type": "quantitative", "title": "cost per 1,000 prompts (USD)", "scale": axis_scale,
+         "axis": {"format": "~g", "tickCount": 6}}
+    y = {"field": "quality", "type": "quantitative", "title": "quality", "scale": {"zero": False},
+         "axis": {"format": ".0%", "tickCount": 6}}
+    colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette}}
+    curve_rows, point_rows = [], []
+    for name, router in results["routers"].items():
+        for cost, quality, lo, hi in zip(per_1k, *(router["curve"][k] for k in ("quality", "lo", "hi")), strict=True):
+            curve_rows.append({"router": name, "cost": cost, "quality": quality, "lo": lo, "hi": hi, "control": router["control"]})
+        for label, point in router["points"].items():
+            shares = ", ".join(f"{m} {s:.0%}" for m, s in point["shares"].items() if s and s >= 0.005)
+            point_rows.append({"router": name, "setting": label, "cost": point["cost_per_1k"]["value"], "calls": shares,
+                               "quality": point["quality"]["value"], "control": router["control"],
+                               "interval": _interval(point["quality"]), "weight": point["cost_weight"][0],
+                               "against the mix": f"{point['versus_mix']['verdict']} {_interval(point['versus_mix'])}"})
+    model_rows = [{"name": n, "cost": m["cost_per_1k"]["value"], "quality": m["quality"]["value"],
+                   "interval": _interval(m["quality"])} for n, m in results["models"].items()]
+    oracle = results["oracle"]
+    oracle_rows = [{"name": "oracle", "cost": oracle["cost_per_1k"]["value"], "quality": oracle["quality"]["value"],
+                    "interval": _interval(oracle["quality"])}]
+    mix_rows = [{"cost": c, "quality": q} for c, q in zip(per_1k, results["mix"]["quality"], strict=True)]
+    picked = {"param": "router_picked"}
+    tip = [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"), _tip("interval", "95 % interval")]
+    return _spec([
+        {"data": {"values": [r for r in curve_rows if not r["control"]]},
+         "mark": {"type": "area", "clip": True}, "encoding": {
+            "x": x, "y": {**y, "field": "lo"}, "y2": {"field": "hi"}, "color": colour,
+            "opacity": {"condition": {**picked, "value": 0.14}, "value": 0.02}}},
+        {"data": {"values": mix_rows}, "mark": {"type": "line", "strokeDash": [5, 4], "color": "#7d8694", "strokeWidth": 1.6},
+         "encoding": {"x": x, "y": y}},
+        {"data": {"values": curve_rows}, "params": [{"name": "router_picked", "select": {"type": "point", "fields": ["router"]},
+                                                     "bind": "legend"}],
+         "mark": {"type": "line", "interpolate": "linear"}, "encoding": {
+            "x": x, "y": y, "color": colour, "strokeWidth": {"condition": {"test": "datum.control", "value": 1.2}, "value": 2.4},
+            "opacity": {"condition": {**picked, "value": 1}, "value": 0.12},
+            "tooltip": [_tip("router", "router"), _tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"),
+                        _tip("lo", "from", ".1%"), _tip("hi", "to", ".1%")]}},
+        {"data": {"values": point_rows}, "mark": {"type": "point", "filled": True, "size": 90, "stroke": "white",
+                                                  "strokeWidth": 1}, "encoding": {
+            "x": x, "y": y, "color": colour, "shape": {"field": "setting", "type": "nominal", "title": None, "scale": {
+                "domain": ["balanced", "parity"], "range": ["circle", "diamond"]}},
+            "opacity": {"condition": {**picked, "value": 1}, "value": 0.12},
+            "tooltip": [_tip("router", "router"), _tip("setting", "setting"), *tip, _tip("weight", "cost weight", ".4~g"),
+                        _tip("calls", "calls"), _tip("against the mix", "against the mix (points)")]}},
+        *_labelled(model_rows, x, y, tip, "square", 80, "#5c6675"),
+        *_labelled(oracle_rows, x, y, tip, "triangle-up", 110, "#c08a00"),
+    ], height=440)
+
+
+def shares(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Which model gets the calls at each router's balanced setting, and what an oracle would do."""
+    rows = [{"router": name, "model": model, "share": share or 0.0, "order": place}
+            for name, share_of in [*((n, r["points"]["balanced"]["shares"]) for n, r in results["routers"].items()),
+                                   ("oracle", results["oracle"]["shares"])]
+            for place, (model, share) in enumerate((m, share_of[m]) for m in _by_price(results))]
+    names = list(dict.fromkeys(r["router"] for r in rows))
+    return _spec([{
+        "data": {"values": rows}, "mark": {"type": "bar", "height": {"band": 0.72}, "cornerRadius": 2}, "encoding": {
+            "y": {"field": "router", "type": "nominal", "title": None, "sort": names, "axis": {"ticks": False, "domain": False}},
+            "x": {"field": "share", "type": "quantitative", "title": "share of prompts", "axis": {"format": ".0%"},
+                  "scale": {"domain": [0, 1]}},
+            "color": _model_colour(results), "order": {"field": "order"},
+            "tooltip": [_tip("router", "router"), _tip("model", "model"), _tip("share", "share", ".1%")]}}],
+        height=26 * len(names) + 10)
+
+
+def budget(results: Mapping[str, Any], router: str) -> dict[str, Any]:
+    """How one router spreads its calls as the budget grows."""
+    settings = results["routers"][router]["settings"]
+    rows, seen = [], set()
+    for cost, share in sorted(zip(settings["test_cost_per_1k"], settings["shares"], strict=True), key=lambda s: s[0]):
+        if f"{cost:.3g}" in seen:
+            continue
+        seen.add(f"{cost:.3g}")
+        of = dict(zip(results["models"], share, strict=True))
+        rows += [{"cost": cost, "model": m, "share": of[m], "order": i} for i, m in enumerate(_by_price(results))]
+    return _spec([{
+        "data": {"values": rows}, "mark": {"type": "area"}, "encoding": {
+            "x": {"field": "cost", "type": "quantitative", "title": "cost per 1,000 prompts (USD)", "axis": {"format": "~g",
+                  "tickCount": 6}, "scale": {**_cost_scale([r["cost"] for r in rows]), "nice": False}},
+            "y": {"field": "share", "type": "quantitative", "stack": "normalize", "title": "share of prompts",
+                  "axis": {"format": ".0%"}},
+            "color": _model_colour(results), "order": {"field": "order"},
+            "tooltip": [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("model", "model"), _tip("share", "share", ".1%")]}}],
+        height=240)
+
+
+def calibration(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Predicted against recorded quality, in groups of equal size; on the diagonal a prediction means what it says."""
+    names, palette = colours(results)
+    rows = [{"router": name, "predicted": b["estimate"], "recorded": b["quality"], "prompts": b["n"],
+             "control": router["control"]}
+            for name, router in results["routers"].items() for b in router["calibration"]["bins"]]
+    x = {"field": "predicted", "type": "quantitative", "title": "predicted quality", "axis": {"format": ".0%"},
+         "scale": {"domain": [0, 1]}}
+    y = {"field": "recorded", "type": "quantitative", "title": "recorded quality", "axis": {"format": ".0%"},
+         "scale": {"domain": [0, 1]}}
+    colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette}}
+    tip = [_tip("router", "router"), _tip("predicted", "predicted", ".1%"), _tip("recorded", "recorded", ".1%"),
+           _tip("prompts", "estimates", ",")]
+    faded = {"condition": {"param": "router_picked", "value": 1}, "value": 0.1}
+    return _spec([
+        {"data": {"values": [{"predicted": 0, "recorded": 0}, {"predicted": 1, "recorded": 1}]},
+         "mark": {"type": "line", "strokeDash": [5, 4], "color": "#7d8694"}, "encoding": {"x": x, "y": y}},
+        {"data": {"values": rows}, "params": [{"name": "router_picked", "select": {"type": "point", "fields": ["router"]},
+                                               "bind": "legend"}],
+         "mark": {"type": "line", "point": {"size": 45}}, "encoding": {
+            "x": x, "y": y, "color": colour, "tooltip": tip, "opacity": faded,
+            "strokeWidth": {"condition": {"test": "datum.control", "value": 1}, "value": 2}}}], height=340)
+
+
+def tasks(results: Mapping[str, Any], router: str) -> dict[str, Any] | None:
+    """Quality difference of one router to the best single model on each task, with intervals. None for a single task."""
+    found = results["routers"][router]["tasks"]
+    rows = [{"task": name or "(no task)", "n": t["n"], "difference": t["versus_best_single"]["value"],
+             "lo": t["versus_best_single"]["lo"], "hi": t["versus_best_single"]["hi"], "cost": t["cost_per_1k"]["value"],
+             "verdict": t["versus_best_single"]["verdict"] or "ties"} for name, t in found.items()]
+    rows = [r for r in rows if r["difference"] is not None][:MOST_TASKS]
+    if len(rows) < FEWEST_TASKS:
+        return None
+    y = {"field": "task", "type": "nominal", "title": None, "sort": [r["task"] for r in rows],
+         "axis": {"ticks": False, "domain": False}}
+    x = {"field": "difference", "type": "quantitative", "title": f"quality of {router} minus the best single model's",
+         "axis": {"format": "+.0%"}}
+    colour = {"field": "verdict", "type": "nominal", "legend": None, "scale": {
+        "domain": ["beats", "ties", "loses"], "range": ["#1f9d78", "#8b93a1", "#d1495b"]}}
+    tip = [_tip("task", "task"), _tip("n", "prompts", ","), _tip("difference", "difference", "+.1%"), _tip("lo", "from", "+.1%"),
+           _tip("hi", "to", "+.1%"), _tip("cost", "cost per 1,000 (USD)", ".4~g")]
+    return _spec([
+        {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "color": "#7d8694", "strokeDash": [5, 4]},
+         "encoding": {"x": {"field": "zero", "type": "quantitative"}}},
+        {"data": {"values": rows}, "mark": {"type": "rule", "strokeWidth": 2}, "encoding": {
+            "y": y, "x": {**x, "field": "lo", "title": x["title"]}, "x2": {"field": "hi"}, "color": colour, "tooltip": tip}},
+        {"data": {"values": rows}, "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1}, "encoding": {
+            "y": y, "x": x, "color": colour, "tooltip": tip}}], height=24 * len(rows) + 10)
+
+
+def write_png(path: str | Path, spec: Mapping[str, Any], width: int = 860) -> Path:
+    """Draw a specification into a PNG file, light, without a browser and without the network."""
+    import vl_convert
+
+    drawn = {**spec, "width": width, "config": theme()}
+    return write_atomic(path, vl_convert.vegalite_to_png(drawn, scale=2))
+
+
+def page_script() -> str:
+    """The JavaScript that draws Vega-Lite specifications in a page: Vega, Vega-Lite and vega-embed as `vegaEmbed`."""
+    import vl_convert
+
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")
+
+
+# ---------------------------------------------------------------- parts
+
+def _spec(layers: Sequence[Mapping[str, Any]], height: int) -> dict[str, Any]:
+    return {"$schema": SCHEMA, "width": "container", "height": height, "autosize": {"type": "fit-x", "contains": "padding"},
+            "layer": list(layers)}
+
+
+def _labelled(rows: list[dict[str, Any]], x: dict, y: dict, tip: list, shape: str, size: int,
+              colour: str) -> list[dict[str, Any]]:
+    tooltip = [_tip("name", "always" if shape == "square" else "model"), *tip]
+    return [{"data": {"values": rows}, "mark": {"type": "point", "shape": shape, "filled": True, "size": size, "color": colour,
+                                                "opacity": 1, "stroke": "white", "strokeWidth": 1},
+             "encoding": {"x": x, "y": y, "tooltip": tooltip}},
+            {"data": {"values": rows}, "mark": {"type": "text", "align": "left", "dx": 9, "dy": 10, "fontWeight": 600},
+             "encoding": {"x": x, "y": y, "text": {"field": "name"}}}]
+
+
+def _model_colour(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Cheap models light, dear ones dark: one hue, because price is an order."""
+    names = _by_price(results)
+    return {"field": "model", "type": "nominal", "title": None, "sort": names,
+            "scale": {"domain": names, "range": _ramp(len(names))}}
+
+
+def _by_price(results: Mapping[str, Any]) -> list[str]:
+    return sorted(results["models"], key=lambda m: results["models"][m]["price_input"] + results["models"][m]["price_output"])
+
+
+def _ramp(n: int) -> list[str]:
+    stops = [(168, 203, 240), (63, 127, 224), (38, 52, 120)]
+    found = []
+    for i in range(n):
+        at = 2.0 * i / max(n - 1, 1)
+        a, b, part = stops[min(int(at), 1)], stops[min(int(at), 1) + 1], at - min(int(at), 1)
+        found.append("#" + "".join(f"{round(u + (v - u) * part):02x}" for u, v in zip(a, b, strict=True)))
+    return found
+
+
+def _cost_scale(costs: Sequence[float | None]) -> dict[str, Any]:
+    known = [c for c in costs if c is not None and c > 0]
+    if len(known) > 1 and len(known) == len(costs) and max(known) / min(known) >= LOG_FROM:
+        return {"type": "log", "nice": False, "padding": 20}
+    return {"type": "linear", "zero": False, "nice": False, "padding": 20}
+
+
+def _tip(field: str, title: str, form: str | None = None) -> dict[str, Any]:
+    kind = "quantitative" if form else "nominal"
+    return {"field": field, "type": kind, "title": title, **({"format": form} if form else {})}
+
+
+def _interval(said: Mapping[str, Any]) -> str:
+    if said.get("lo") is None:
+        return "n/a"
+    signed = "+.1f" if "verdict" in said else ".1f"
+    return f"{100 * said['lo']:{signed}} to {100 * said['hi']:{signed}}"
