@@ -164,6 +164,8 @@ def quiet_libraries() -> None:
     import logging
 
     import torch
+    for name in ("bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, imported by accelerate, warns that it found no GPU
     with contextlib.redirect_stdout(io.StringIO()):
@@ -171,8 +173,6 @@ def quiet_libraries() -> None:
     from transformers.utils import logging as hf_logging
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    for name in ("bitsandbytes", "DeepSpeed", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 # --- data -------------------------------------------------------------------------------------------------------------
@@ -473,7 +473,6 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
 def build_trainer(model: Any, tokenizer: Any, arguments: Any, train_rows: list, dev_rows: list, train: Examples, source: Source,
                   weights: np.ndarray | None, patience: int, tracker: Any, say: Any, config: dict[str, Any]) -> Any:
     import torch
-    from torch.nn import functional as F
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 
     from routewright.checkpoints import fingerprint
@@ -493,13 +492,15 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, train_rows: list, 
         def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
-            logits = outputs.logits.float()
-            weight = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=logits.device)
-            if source.pool or source.num_labels == 1:
-                loss = F.binary_cross_entropy_with_logits(logits, labels.float().view_as(logits), pos_weight=weight)
-            else:
-                loss = F.cross_entropy(logits, labels, weight=weight)
+            loss = router_loss(outputs.logits, labels, source, weights)
             return (loss, outputs) if return_outputs else loss
+
+        def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            # The library averages the ranks' batches, padded ones included; the loss of the gathered rows is exact.
+            rows = (torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids))
+            found.metrics[f"{metric_key_prefix}_loss"] = float(router_loss(*rows, source, weights))
+            return found
 
     multiple = 8 if torch.cuda.is_available() else 1
     callbacks = [EpochNames(), make_reporter(order, tracker, say)]
@@ -516,6 +517,21 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, train_rows: list, 
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def router_loss(logits: Any, labels: Any, source: Source, weights: np.ndarray | None) -> Any:
+    """Mean loss of a batch: binary cross entropy per model, or cross entropy over the labels.
+
+    A plain mean over the rows, weighted or not, so that a batch cut into equal parts keeps its gradient.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    logits = logits.float()
+    weight = None if weights is None else torch.as_tensor(weights, dtype=torch.float32, device=logits.device)
+    if source.pool or source.num_labels == 1:
+        return F.binary_cross_entropy_with_logits(logits, labels.float().view_as(logits), pos_weight=weight)
+    return F.cross_entropy(logits, labels, weight=weight, reduction="none").mean()
 
 
 def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Any) -> Any:

@@ -65,7 +65,7 @@ def test_recorded_squad_scores_are_reproduced(shared_data):
         for _, line in zip(range(400), rows, strict=False):
             row = json.loads(line)
             for outcome in row["outcomes"].values():
-                answer = outcome.get("answer", "")
+                answer = outcome.get("answer") or ""
                 assert grade("squad_em", answer, row["reference"]).quality == outcome["score"]
                 assert grade("squad_f1", answer, row["reference"]).quality == pytest.approx(outcome["f1"], abs=1e-3)
 
@@ -73,42 +73,59 @@ def test_recorded_squad_scores_are_reproduced(shared_data):
 # ---------------------------------------------------------------- number
 
 @pytest.mark.parametrize(("response", "gold"), [
-    ("6.00", "6"), ("1,000", "1000"), ("-3", "-3"), ("$0.50", "0.5"), ("3/4", ".75"), ("\u22123", "-3"), ("-$5", "-5"), ("$-5", "-5"),
+    ("6.00", "6"), ("1,000", "1000"), ("-3", "-3"), ("$0.50", "0.5"), ("3/4", ".75"), ("\u22123", "-3"), ("-$5", "-5"),
+    ("$-5", "-5"),
     ("1 1/2", "1.5"), ("1e3", "1000"), ("042", "42"), ("+42", "42"), (".5", "1/2"), ("3 million dollars", "3000000"),
-    (r"\boxed{42}", "42"), (r"\boxed{\frac{3}{4}}", "0.75"), (r"\boxed{-\frac{1}{2}}", "-1/2"), (r"\boxed{\dfrac{10}{4}}", "2.5"),
-    (r"\boxed{1\frac{1}{2}}", "1.5"), (r"\boxed{\$1,234.50}", "1234.5"), (r"\boxed{1{,}000}", "1000"), (r"\boxed{1\,000}", "1000"),
-    (r"\boxed{42 \text{ apples}}", "42"), (r"\boxed{\text{18 dollars}}", "18"), (r"\boxed{5\text{ cm}^2}", "5"), (r"\boxed{42^\circ}", "42"),
-    (r"\boxed{x = 42}", "42"), (r"\boxed{\boxed{42}}", "42"), (r"\boxed{\mathbf{42}}", "42"), (r"\boxed{(42)}", "42"), (r"\boxed{{42}}", "42"),
+    (r"\boxed{42}", "42"), (r"\boxed{\frac{3}{4}}", "0.75"), (r"\boxed{-\frac{1}{2}}", "-1/2"),
+    (r"\boxed{\dfrac{10}{4}}", "2.5"),
+    (r"\boxed{1\frac{1}{2}}", "1.5"), (r"\boxed{\$1,234.50}", "1234.5"), (r"\boxed{1{,}000}", "1000"),
+    (r"\boxed{1\,000}", "1000"),
+    (r"\boxed{42 \text{ apples}}", "42"), (r"\boxed{\text{18 dollars}}", "18"), (r"\boxed{5\text{ cm}^2}", "5"),
+    (r"\boxed{42^\circ}", "42"),
+    (r"\boxed{x = 42}", "42"), (r"\boxed{\boxed{42}}", "42"), (r"\boxed{\mathbf{42}}", "42"), (r"\boxed{(42)}", "42"),
+    (r"\boxed{{42}}", "42"),
     (r"\boxed{4.2\times 10^{1}}", "42"), (r"\boxed{84/2}", "42"), (r"\boxed{42.}", "42"), (r"\[ \boxed{18} \]", "18"),
     ("first 3, so \\boxed{7}", "7"), (r"\boxed{6} no: \boxed{7}", "7"), (r"\boxed{5 \text{ km/h}}", "5"),
-    ("The answer is 42.", "42"), ("The answer is: **42**", "42"), ("the answer is 42 apples because 6 x 7", "42"), ("The answer is $18$.", "18"),
-    ("The answer is $18", "18"), ("The answer is \\(18\\)", "18"), ("**Answer:** 7", "7"), ("Answer:\n\n7", "7"), ("work\n#### 1,800", "1800"),
-    ("It has 3 and 5, so she makes $18 per day.", 18), ("Total: 18.", "18"), ("18!", "18"), ("It costs $1,250.00 in total.", "1250"),
-    ("42%", "42%"), (r"\boxed{42\%}", "0.42"), ("that is 50 percent", "0.5"), ("18", "long solution <<9*2=18>>18\n#### 18"), ("18", "# 18"), ("18", 18), ("0.5", 0.5),
+    ("The answer is 42.", "42"), ("The answer is: **42**", "42"), ("the answer is 42 apples because 6 x 7", "42"),
+    ("The answer is $18$.", "18"),
+    ("The answer is $18", "18"), ("The answer is \\(18\\)", "18"), ("**Answer:** 7", "7"), ("Answer:\n\n7", "7"),
+    ("work\n#### 1,800", "1800"),
+    ("It has 3 and 5, so she makes $18 per day.", 18), ("Total: 18.", "18"), ("18!", "18"),
+    ("It costs $1,250.00 in total.", "1250"),
+    ("42%", "42%"), (r"\boxed{42\%}", "0.42"), ("that is 50 percent", "0.5"),
+    ("18", "long solution <<9*2=18>>18\n#### 18"), ("18", "# 18"), ("18", 18), ("0.5", 0.5),
 ])
 def test_equal_numbers(response, gold):
     assert grade("number", response, gold).correct
 
 
 @pytest.mark.parametrize(("response", "gold"), [
-    (r"\boxed{42\%}", "42"), ("42%", "42"), ("42", "42%"), (r"\boxed{41=42}", "42"), (r"\boxed{42=42}", "42"), (r"\boxed{42, 43}", "42"),
-    (r"\boxed{42 or 43}", "42"), (r"\boxed{42 \text{ or } 41}", "42"), (r"\boxed{}", "42"), ("42 \\boxed{4", "42"), (r"\boxed{42+0}", "42"),
-    (r"\boxed{42!}", "42"), (r"\boxed{10^{99999}}", "42"), (r"\boxed{\infty}", "42"), (r"\boxed{42}\boxed{41}", "42"), (r"\boxed{not 42}", "42"),
-    (r"\boxed{42^2}", "42"), (r"\boxed{42x}", "42"), (r"\boxed{42\pi}", "42"), (r"\boxed{\frac{42}{0}}", "42"), (r"\boxed{--42}", "42"),
-    ("The answer is 41 or 42", "42"), ("the answer is 42 or 41", "42"), ("the answer is 42, 41", "42"), ("nan", "42"), ("(1,2)", "2"),
-    ("1e999999", "42"), ("9" * 100_000, "42"), ("", 42), ("1/0", "0"), ("abc42", "42"), ("1,00", "100"), ("3", "-3"), ("0.333", "1/3"),
+    (r"\boxed{42\%}", "42"), ("42%", "42"), ("42", "42%"), (r"\boxed{41=42}", "42"), (r"\boxed{42=42}", "42"),
+    (r"\boxed{42, 43}", "42"),
+    (r"\boxed{42 or 43}", "42"), (r"\boxed{42 \text{ or } 41}", "42"), (r"\boxed{}", "42"), ("42 \\boxed{4", "42"),
+    (r"\boxed{42+0}", "42"),
+    (r"\boxed{42!}", "42"), (r"\boxed{10^{99999}}", "42"), (r"\boxed{\infty}", "42"), (r"\boxed{42}\boxed{41}", "42"),
+    (r"\boxed{not 42}", "42"),
+    (r"\boxed{42^2}", "42"), (r"\boxed{42x}", "42"), (r"\boxed{42\pi}", "42"), (r"\boxed{\frac{42}{0}}", "42"),
+    (r"\boxed{--42}", "42"),
+    ("The answer is 41 or 42", "42"), ("the answer is 42 or 41", "42"), ("the answer is 42, 41", "42"), ("nan", "42"),
+    ("(1,2)", "2"),
+    ("1e999999", "42"), ("9" * 100_000, "42"), ("", 42), ("1/0", "0"), ("abc42", "42"), ("1,00", "100"), ("3", "-3"),
+    ("0.333", "1/3"),
 ])
 def test_exploits_and_unequal_numbers(response, gold):
     assert not grade("number", response, gold).correct
 
 
-@given(st.integers(-10**12, 10**12), st.sampled_from(["{}", "{:,}", "{}.00", "\\boxed{{{}}}", "The answer is {:,}.", "So he has {} left.",
+@given(st.integers(-10**12, 10**12),
+       st.sampled_from(["{}", "{:,}", "{}.00", "\\boxed{{{}}}", "The answer is {:,}.", "So he has {} left.",
                                                       "#### {}", "\\boxed{{{:,} \\text{{ eggs}}}}", "**Answer: {}**"]))
 def test_formatted_whole_numbers_come_back(value, form):
     assert final_number(form.format(value)) == value
 
 
-@given(st.decimals(-10**6, 10**6, places=3, allow_nan=False), st.sampled_from(["{}", "{:,}", "\\boxed{{{}}}", "The answer is {:,}.", "\\boxed{{{}\\%}}"]))
+@given(st.decimals(-10**6, 10**6, places=3, allow_nan=False),
+       st.sampled_from(["{}", "{:,}", "\\boxed{{{}}}", "The answer is {:,}.", "\\boxed{{{}\\%}}"]))
 def test_formatted_decimals_come_back(value, form):
     expected = Fraction(value) / (100 if "%" in form else 1)
     assert final_number(form.format(value)) == expected
@@ -128,7 +145,8 @@ def test_any_text_is_graded_without_a_failure(text):
 
 def test_long_and_hostile_text_takes_no_time():
     start = time.perf_counter()
-    for text in ("1," * 200_000, "\\boxed{" * 5_000, "$" * 100_000, " " * 200_000 + "x", "answer is " * 20_000, "(" * 50_000, "9/" * 50_000,
+    for text in ("1," * 200_000, "\\boxed{" * 5_000, "$" * 100_000, " " * 200_000 + "x", "answer is " * 20_000,
+                 "(" * 50_000, "9/" * 50_000,
                  "\\frac{1}" * 20_000, "{" * 20_000 + "}" * 20_000, "a" * 200_000, "-" * 100_000, "A)" * 50_000):
         for name, gold in (("number", "7"), ("choice", "B")):
             grade(name, text, gold)
@@ -147,10 +165,14 @@ def test_last_boxed_matches_braces():
 # ---------------------------------------------------------------- choice
 
 @pytest.mark.parametrize(("response", "gold"), [
-    ("B", "B"), ("(B)", "B"), ("b", "B"), ("(b)", "B"), ("**B**", "B"), ("B)", "B"), ("[B]", "B"), ("B. Paris", "B"), ("Answer: B", "B"),
-    ("The answer is B.", "B"), ("the answer is (B)", "B"), (r"\boxed{B}", "B"), (r"\boxed{\text{B}}", "B"), (r"so $\boxed{\text{(B)}}$", "B"),
-    ("The correct answer is **B) Paris**", "B"), ("The answer is A because it is", "A"), ("The answer is A", "A"), ("The answer is: A.", "A"),
-    ("So it must be option C.", "C"), ("The correct option is D.", "D"), ("I think (D) is right", "D"), ("Answer:\nC", "C"), ("The answer is (J).", "J"),
+    ("B", "B"), ("(B)", "B"), ("b", "B"), ("(b)", "B"), ("**B**", "B"), ("B)", "B"), ("[B]", "B"), ("B. Paris", "B"),
+    ("Answer: B", "B"),
+    ("The answer is B.", "B"), ("the answer is (B)", "B"), (r"\boxed{B}", "B"), (r"\boxed{\text{B}}", "B"),
+    (r"so $\boxed{\text{(B)}}$", "B"),
+    ("The correct answer is **B) Paris**", "B"), ("The answer is A because it is", "A"), ("The answer is A", "A"),
+    ("The answer is: A.", "A"),
+    ("So it must be option C.", "C"), ("The correct option is D.", "D"), ("I think (D) is right", "D"),
+    ("Answer:\nC", "C"), ("The answer is (J).", "J"),
     ("B", "(B)"), ("B", "B. Paris"),
 ])
 def test_letters_that_are_answers(response, gold):
@@ -158,16 +180,20 @@ def test_letters_that_are_answers(response, gold):
 
 
 @pytest.mark.parametrize(("response", "gold"), [
-    ("A good question. I do not know", "A"), ("The answer is a matter of taste", "A"), ("I have no idea", "I"), ("I think so", "I"),
-    ("The answer is A and B", "A"), ("A. x\nB. y", "A"), ("A or B", "A"), (r"\boxed{A, B}", "A"), ("Because", "B"), ("Apple", "A"),
-    ("The answer is Apple", "A"), ("", "A"), ("The answer is A man", "A"), ("The answer is either B or C", "B"), ("a", "B"), ("Hello, a dog", "A"),
+    ("A good question. I do not know", "A"), ("The answer is a matter of taste", "A"), ("I have no idea", "I"),
+    ("I think so", "I"),
+    ("The answer is A and B", "A"), ("A. x\nB. y", "A"), ("A or B", "A"), (r"\boxed{A, B}", "A"), ("Because", "B"),
+    ("Apple", "A"),
+    ("The answer is Apple", "A"), ("", "A"), ("The answer is A man", "A"), ("The answer is either B or C", "B"),
+    ("a", "B"), ("Hello, a dog", "A"),
     ("I am a C major fan", "C"), ("Fine", "F"), ("K", "B"),
 ])
 def test_words_are_no_letters(response, gold):
     assert not grade("choice", response, gold).correct
 
 
-@given(st.sampled_from("ABCDEFGHIJ"), st.sampled_from(["{}", "({})", "Answer: {}", "The answer is {}.", "\\boxed{{{}}}", "{}.", "Answer: ({})", "####  {}"]))
+@given(st.sampled_from("ABCDEFGHIJ"), st.sampled_from(["{}", "({})", "Answer: {}", "The answer is {}.",
+                                                       "\\boxed{{{}}}", "{}.", "Answer: ({})", "####  {}"]))
 def test_letters_come_back(letter, form):
     assert final_letter(form.format(letter)) == letter
 
@@ -175,19 +201,26 @@ def test_letters_come_back(letter, form):
 # ---------------------------------------------------------------- math
 
 @pytest.mark.parametrize(("response", "gold"), [
-    (r"\boxed{2\sqrt{2}}", r"\sqrt{8}"), (r"$2\sqrt2$", r"$\sqrt{8}$"), (r"The answer is $\frac{1}{2}$", ".5"), (r"\boxed{x^2+2x+1}", "(x+1)^2"),
-    (r"\boxed{\{1,2\}}", r"\{2,1\}"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{[0,1)}", "[0,1)"), (r"\boxed{x=42}", "42"), ("42", "42"),
-    (r"\boxed{\infty}", r"\infty"), (r"\boxed{y=2x+1}", "y=2x+1"), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"), (r"\boxed{5!}", "120"),
-    (r"\boxed{10^{10}}", "10000000000"), (r"\boxed{\frac{\pi}{2}}", r"\pi/2"), (r"\boxed{42\%}", "0.42"), (r"\boxed{7}", r"So it is \boxed{7}."),
+    (r"\boxed{2\sqrt{2}}", r"\sqrt{8}"), (r"$2\sqrt2$", r"$\sqrt{8}$"), (r"The answer is $\frac{1}{2}$", ".5"),
+    (r"\boxed{x^2+2x+1}", "(x+1)^2"),
+    (r"\boxed{\{1,2\}}", r"\{2,1\}"), (r"\boxed{(1, 2)}", "(1,2)"), (r"\boxed{[0,1)}", "[0,1)"),
+    (r"\boxed{x=42}", "42"), ("42", "42"),
+    (r"\boxed{\infty}", r"\infty"), (r"\boxed{y=2x+1}", "y=2x+1"), (r"\boxed{\text{Evelyn}}", r"\text{Evelyn}"),
+    (r"\boxed{5!}", "120"),
+    (r"\boxed{10^{10}}", "10000000000"), (r"\boxed{\frac{\pi}{2}}", r"\pi/2"), (r"\boxed{42\%}", "0.42"),
+    (r"\boxed{7}", r"So it is \boxed{7}."),
 ])
 def test_equal_mathematics(response, gold):
     assert grade("math", response, gold).correct
 
 
 @pytest.mark.parametrize(("response", "gold"), [
-    (r"\boxed{42\%}", "42"), (r"\boxed{41=42}", "42"), (r"\boxed{42=42}", "42"), (r"\boxed{42,43}", "42"), (r"\boxed{nan}", "42"), (r"\boxed{x}", "42"),
-    (r"\boxed{(1,2)}", "(1,3)"), (r"\boxed{\frac{1}{0}}", "42"), ("", "42"), (r"\boxed{9^{9^{9^{9}}}}", "42"), (r"\boxed{999999999!}", "42"),
-    (r"\boxed{(2^{999})^{999}}", "x"), (r"\boxed{2^{(2^{(2^{(2^{5})})})}}", "42"), (r"\boxed{\sqrt{8}+10^{-3}}", r"\sqrt{8}"),
+    (r"\boxed{42\%}", "42"), (r"\boxed{41=42}", "42"), (r"\boxed{42=42}", "42"), (r"\boxed{42,43}", "42"),
+    (r"\boxed{nan}", "42"), (r"\boxed{x}", "42"),
+    (r"\boxed{(1,2)}", "(1,3)"), (r"\boxed{\frac{1}{0}}", "42"), ("", "42"), (r"\boxed{9^{9^{9^{9}}}}", "42"),
+    (r"\boxed{999999999!}", "42"),
+    (r"\boxed{(2^{999})^{999}}", "x"), (r"\boxed{2^{(2^{(2^{(2^{5})})})}}", "42"),
+    (r"\boxed{\sqrt{8}+10^{-3}}", r"\sqrt{8}"),
 ])
 def test_unequal_or_hostile_mathematics(response, gold):
     start = time.perf_counter()
@@ -205,7 +238,8 @@ def test_no_text_is_ever_run(tmp_path):
 
 
 def test_math_gives_the_same_verdicts_in_threads():
-    cases = [(r"\boxed{2\sqrt{2}}", r"\sqrt{8}", True), (r"\boxed{3\sqrt{2}}", r"\sqrt{8}", False), (r"\boxed{x+x}", "2x", True)]
+    cases = [(r"\boxed{2\sqrt{2}}", r"\sqrt{8}", True), (r"\boxed{3\sqrt{2}}", r"\sqrt{8}", False),
+             (r"\boxed{x+x}", "2x", True)]
     wrong: list[object] = []
 
     def work() -> None:
@@ -229,7 +263,8 @@ def test_a_comparison_that_hangs_is_killed_and_grading_goes_on():
     assert grade("math", r"\boxed{2\sqrt{2}}", r"\sqrt{8}").correct
     first = child.process.pid
     start = time.perf_counter()
-    assert not child.same("x", r"\sum_{i=1}^{9999999} \sin(i) \cdot \prod_{k=1}^{999999} (x+k)", seconds=0.0)  # no time at all
+    assert not child.same("x", r"\sum_{i=1}^{9999999} \sin(i) \cdot \prod_{k=1}^{999999} (x+k)",
+                          seconds=0.0)  # no time at all
     assert time.perf_counter() - start < 5
     assert child.process is None
     assert grade("math", r"\boxed{2\sqrt{2}}", r"\sqrt{8}").correct

@@ -77,7 +77,8 @@ class TestRouteLLM:
 
 
 class TestRouterArena:
-    @pytest.mark.parametrize("cost, accuracy, score", [(0.27, 0.7969, 0.7762), (10.02, 0.7396, 0.6432), (2.06, 0.6721, 0.6387)])
+    @pytest.mark.parametrize("cost, accuracy, score",
+                             [(0.27, 0.7969, 0.7762), (10.02, 0.7396, 0.6432), (2.06, 0.6721, 0.6387)])
     def test_golden(self, cost, accuracy, score):
         assert compat.routerarena_score(cost, accuracy) == pytest.approx(score, abs=5e-5)
 
@@ -190,7 +191,8 @@ class TestCoBench:
         assert found.lpm == pytest.approx(np.mean(0.6 + np.arange(11) / 100))
         # accuracy .96 to 1.0: rates .36 to 1.00
         assert found.hcr == pytest.approx(1 - np.mean(np.arange(36, 101) / 100))
-        assert found.mpm == pytest.approx(np.mean([0.6 + int(k / 100 * 100) / 100 for k in range(11, 36)]))  # int(.29 * 100) is 28
+        sent = [int(k / 100 * 100) for k in range(11, 36)]  # int(0.29 * 100) is 28
+        assert found.mpm == pytest.approx(np.mean([0.6 + k / 100 for k in sent]))
 
     def test_empty_bands_are_none_and_never_zero(self):
         weak = np.array([0.0, 1.0])

@@ -14,7 +14,8 @@ quality = st.floats(0, 1)
 cost = st.floats(0, 100)
 
 
-@pytest.mark.parametrize(("score", "usd", "expected"), [(1, 0.01, 0.97), (1, 0.2, 0.4), (1, 0.5, 0.2), (0, 0.01, 0), (0, 9, 0)])
+@pytest.mark.parametrize(("score", "usd", "expected"),
+                         [(1, 0.01, 0.97), (1, 0.2, 0.4), (1, 0.5, 0.2), (0, 0.01, 0), (0, 9, 0)])
 def test_xrouter_golden_values(score, usd, expected):
     assert Reward.named("xrouter_code").of(score, usd) == pytest.approx(expected, abs=1e-12)
 
@@ -50,7 +51,8 @@ def test_arrays_broadcast():
     assert table[4].tolist() == pytest.approx([1.0, 0.8, 0.6])
 
 
-@given(quality, cost, cost, st.sampled_from(["binary", "capped", "linear", "xrouter_code", "xrouter_readme", "offline_dpo"]))
+@given(quality, cost, cost,
+       st.sampled_from(["binary", "capped", "linear", "xrouter_code", "xrouter_readme", "offline_dpo"]))
 def test_dearer_never_earns_more_and_better_never_less(worth, a, b, name):
     reward = Reward.named(name)
     low, high = sorted((a, b))
@@ -65,7 +67,8 @@ def test_capped_keeps_a_right_answer_above_its_floor_and_a_wrong_one_at_zero(usd
     assert Reward.named("xrouter_code").of(0, usd) == 0
 
 
-@pytest.mark.parametrize("settings", [{"cost_weight": -1}, {"K": float("nan")}, {"cost_weight": "3"}, {"token_budget": 0},
+@pytest.mark.parametrize("settings",
+                         [{"cost_weight": -1}, {"K": float("nan")}, {"cost_weight": "3"}, {"token_budget": 0},
                                       {"w_token": float("inf")}, {"cost_wieght": 1}])
 def test_bad_settings_are_refused(settings):
     with pytest.raises(UserError):

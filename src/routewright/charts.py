@@ -6,6 +6,8 @@ those come from `theme`, so that the page can follow the reader's light or dark 
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,12 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "text": {"color": ink, "fontSize": 12}, "title": {"color": ink, "anchor": "start", "fontSize": 14}}
 
 
+def short_names(results: Mapping[str, Any]) -> dict[str, str]:
+    """Model -> its name without the maker's folder ("mistralai/"), where that leaves the names distinct."""
+    cut = {name: name.rsplit("/", 1)[-1] for name in results["models"]}
+    return cut if len(set(cut.values())) == len(cut) else {name: name for name in cut}
+
+
 def colours(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(names, colours): routers in the bright colours, content controls in greys."""
     routers = [n for n, r in results["routers"].items() if not r["control"]]
@@ -45,35 +53,37 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
     """Quality over cost: a curve with its band per router, the models as labelled points, the mix, the oracle."""
     names, palette = colours(results)
     per_1k = [c * 1000 for c in results["grid"]]
-    axis_scale = _cost_scale([*per_1k, results["oracle"]["cost_per_1k"]["value"]])
-    x = {"field": "cost", "type": "quantitative", "title": "cost per 1,000 prompts (USD)", "scale": axis_scale,
-         "axis": {"format": "~g", "tickCount": 6}}
+    x = _cost_axis([*per_1k, results["oracle"]["cost_per_1k"]["value"]])
     y = {"field": "quality", "type": "quantitative", "title": "quality", "scale": {"zero": False},
          "axis": {"format": ".0%", "tickCount": 6}}
-    colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette}}
+    colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette},
+              "legend": {"symbolType": "stroke", "symbolStrokeWidth": 4, "symbolSize": 220, "symbolOpacity": 1}}
     curve_rows, point_rows = [], []
     for name, router in results["routers"].items():
         for cost, quality, lo, hi in zip(per_1k, *(router["curve"][k] for k in ("quality", "lo", "hi")), strict=True):
             curve_rows.append({"router": name, "cost": cost, "quality": quality, "lo": lo, "hi": hi, "control": router["control"]})
         for label, point in router["points"].items():
-            shares = ", ".join(f"{m} {s:.0%}" for m, s in point["shares"].items() if s and s >= 0.005)
+            shares = ", ".join(f"{short_names(results)[m]} {s:.0%}" for m, s in point["shares"].items() if s and s >= 0.005)
             point_rows.append({"router": name, "setting": label, "cost": point["cost_per_1k"]["value"], "calls": shares,
                                "quality": point["quality"]["value"], "control": router["control"],
                                "interval": _interval(point["quality"]), "weight": point["cost_weight"][0],
                                "against the mix": f"{point['versus_mix']['verdict']} {_interval(point['versus_mix'])}"})
-    model_rows = [{"name": n, "cost": m["cost_per_1k"]["value"], "quality": m["quality"]["value"],
+    short = short_names(results)
+    model_rows = [{"name": short[n], "cost": m["cost_per_1k"]["value"], "quality": m["quality"]["value"],
                    "interval": _interval(m["quality"])} for n, m in results["models"].items()]
     oracle = results["oracle"]
     oracle_rows = [{"name": "oracle", "cost": oracle["cost_per_1k"]["value"], "quality": oracle["quality"]["value"],
                     "interval": _interval(oracle["quality"])}]
     mix_rows = [{"cost": c, "quality": q} for c, q in zip(per_1k, results["mix"]["quality"], strict=True)]
     picked = {"param": "router_picked"}
+    lead = results["headline"]["router"]
+    band = f"length(data('router_picked_store')) ? vlSelectionTest('router_picked_store', datum) : datum.router === {json.dumps(lead)}"
     tip = [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"), _tip("interval", "95 % interval")]
     return _spec([
         {"data": {"values": [r for r in curve_rows if not r["control"]]},
-         "mark": {"type": "area", "clip": True}, "encoding": {
+         "mark": {"type": "area", "clip": True}, "encoding": {  # one band at a time: several turn into fog
             "x": x, "y": {**y, "field": "lo"}, "y2": {"field": "hi"}, "color": colour,
-            "opacity": {"condition": {**picked, "value": 0.14}, "value": 0.02}}},
+            "opacity": {"condition": {"test": band, "value": 0.16}, "value": 0}}},
         {"data": {"values": mix_rows}, "mark": {"type": "line", "strokeDash": [5, 4], "color": "#7d8694", "strokeWidth": 1.6},
          "encoding": {"x": x, "y": y}},
         {"data": {"values": curve_rows}, "params": [{"name": "router_picked", "select": {"type": "point", "fields": ["router"]},
@@ -97,7 +107,8 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def shares(results: Mapping[str, Any]) -> dict[str, Any]:
     """Which model gets the calls at each router's balanced setting, and what an oracle would do."""
-    rows = [{"router": name, "model": model, "share": share or 0.0, "order": place}
+    short = short_names(results)
+    rows = [{"router": name, "model": short[model], "share": share or 0.0, "order": place}
             for name, share_of in [*((n, r["points"]["balanced"]["shares"]) for n, r in results["routers"].items()),
                                    ("oracle", results["oracle"]["shares"])]
             for place, (model, share) in enumerate((m, share_of[m]) for m in _by_price(results))]
@@ -121,11 +132,10 @@ def budget(results: Mapping[str, Any], router: str) -> dict[str, Any]:
             continue
         seen.add(f"{cost:.3g}")
         of = dict(zip(results["models"], share, strict=True))
-        rows += [{"cost": cost, "model": m, "share": of[m], "order": i} for i, m in enumerate(_by_price(results))]
+        rows += [{"cost": cost, "model": short_names(results)[m], "share": of[m], "order": i} for i, m in enumerate(_by_price(results))]
     return _spec([{
         "data": {"values": rows}, "mark": {"type": "area"}, "encoding": {
-            "x": {"field": "cost", "type": "quantitative", "title": "cost per 1,000 prompts (USD)", "axis": {"format": "~g",
-                  "tickCount": 6}, "scale": {**_cost_scale([r["cost"] for r in rows]), "nice": False}},
+            "x": _cost_axis([r["cost"] for r in rows], padding=0),
             "y": {"field": "share", "type": "quantitative", "stack": "normalize", "title": "share of prompts",
                   "axis": {"format": ".0%"}},
             "color": _model_colour(results), "order": {"field": "order"},
@@ -160,20 +170,19 @@ def calibration(results: Mapping[str, Any]) -> dict[str, Any]:
 def tasks(results: Mapping[str, Any], router: str) -> dict[str, Any] | None:
     """Quality difference of one router to the best single model on each task, with intervals. None for a single task."""
     found = results["routers"][router]["tasks"]
-    rows = [{"task": name or "(no task)", "n": t["n"], "difference": t["versus_best_single"]["value"],
-             "lo": t["versus_best_single"]["lo"], "hi": t["versus_best_single"]["hi"], "cost": t["cost_per_1k"]["value"],
-             "verdict": t["versus_best_single"]["verdict"] or "ties"} for name, t in found.items()]
-    rows = [r for r in rows if r["difference"] is not None][:MOST_TASKS]
+    rows = [{"task": name or "(no task)", "n": t["n"], "cost": t["cost_per_1k"]["value"],
+             "difference": 100 * t["versus_best_single"]["value"], "lo": 100 * t["versus_best_single"]["lo"],
+             "hi": 100 * t["versus_best_single"]["hi"], "verdict": t["versus_best_single"]["verdict"]}
+            for name, t in found.items() if t["versus_best_single"]["lo"] is not None][:MOST_TASKS]
     if len(rows) < FEWEST_TASKS:
         return None
     y = {"field": "task", "type": "nominal", "title": None, "sort": [r["task"] for r in rows],
          "axis": {"ticks": False, "domain": False}}
-    x = {"field": "difference", "type": "quantitative", "title": f"quality of {router} minus the best single model's",
-         "axis": {"format": "+.0%"}}
+    x = {"field": "difference", "type": "quantitative", "title": f"points of quality, {router} minus the best single model"}
     colour = {"field": "verdict", "type": "nominal", "legend": None, "scale": {
         "domain": ["beats", "ties", "loses"], "range": ["#1f9d78", "#8b93a1", "#d1495b"]}}
-    tip = [_tip("task", "task"), _tip("n", "prompts", ","), _tip("difference", "difference", "+.1%"), _tip("lo", "from", "+.1%"),
-           _tip("hi", "to", "+.1%"), _tip("cost", "cost per 1,000 (USD)", ".4~g")]
+    tip = [_tip("task", "task"), _tip("n", "prompts", ","), _tip("difference", "points", "+.1f"), _tip("lo", "from", "+.1f"),
+           _tip("hi", "to", "+.1f"), _tip("cost", "cost per 1,000 (USD)", ".4~g")]
     return _spec([
         {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "color": "#7d8694", "strokeDash": [5, 4]},
          "encoding": {"x": {"field": "zero", "type": "quantitative"}}},
@@ -208,16 +217,26 @@ def _spec(layers: Sequence[Mapping[str, Any]], height: int) -> dict[str, Any]:
 def _labelled(rows: list[dict[str, Any]], x: dict, y: dict, tip: list, shape: str, size: int,
               colour: str) -> list[dict[str, Any]]:
     tooltip = [_tip("name", "always" if shape == "square" else "model"), *tip]
-    return [{"data": {"values": rows}, "mark": {"type": "point", "shape": shape, "filled": True, "size": size, "color": colour,
-                                                "opacity": 1, "stroke": "white", "strokeWidth": 1},
-             "encoding": {"x": x, "y": y, "tooltip": tooltip}},
-            {"data": {"values": rows}, "mark": {"type": "text", "align": "left", "dx": 9, "dy": 10, "fontWeight": 600},
-             "encoding": {"x": x, "y": y, "text": {"field": "name"}}}]
+    mark = {"type": "point", "shape": shape, "filled": True, "size": size, "color": colour, "opacity": 1, "stroke": "white",
+            "strokeWidth": 1}
+    layers = [{"data": {"values": rows}, "mark": mark, "encoding": {"x": x, "y": y, "tooltip": tooltip}}]
+    middle = sum(_place(x, r["cost"]) for r in rows) / len(rows) if len(rows) > 1 else None
+    for right in (False, True):  # names of dear models stand left of their point, so that they stay on the page
+        some = [r for r in rows if (middle is not None and _place(x, r["cost"]) > middle) == right]
+        if some:
+            layers.append({"data": {"values": some}, "mark": {
+                "type": "text", "align": "right" if right else "left", "dx": -10 if right else 9, "dy": -9 if right else 11,
+                "fontWeight": 600}, "encoding": {"x": x, "y": y, "text": {"field": "name"}}})
+    return layers
+
+
+def _place(x: Mapping[str, Any], cost: float) -> float:
+    return math.log(cost) if x["scale"].get("type") == "log" else cost
 
 
 def _model_colour(results: Mapping[str, Any]) -> dict[str, Any]:
     """Cheap models light, dear ones dark: one hue, because price is an order."""
-    names = _by_price(results)
+    names = [short_names(results)[m] for m in _by_price(results)]
     return {"field": "model", "type": "nominal", "title": None, "sort": names,
             "scale": {"domain": names, "range": _ramp(len(names))}}
 
@@ -236,11 +255,16 @@ def _ramp(n: int) -> list[str]:
     return found
 
 
-def _cost_scale(costs: Sequence[float | None]) -> dict[str, Any]:
+def _cost_axis(costs: Sequence[float | None], padding: int = 20) -> dict[str, Any]:
+    """The encoding of cost: logarithmic, with ticks at 1, 2, 5, where the costs are far apart."""
+    axis = {"field": "cost", "type": "quantitative", "title": "cost per 1,000 prompts (USD)"}
     known = [c for c in costs if c is not None and c > 0]
-    if len(known) > 1 and len(known) == len(costs) and max(known) / min(known) >= LOG_FROM:
-        return {"type": "log", "nice": False, "padding": 20}
-    return {"type": "linear", "zero": False, "nice": False, "padding": 20}
+    if len(known) < 2 or len(known) < len(costs) or max(known) / min(known) < LOG_FROM:
+        return {**axis, "scale": {"zero": False, "nice": False, "padding": padding}, "axis": {"format": "~g", "tickCount": 6}}
+    low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
+    ticks = [float(f"{step}e{power}") for power in range(low, high + 1) for step in (1, 2, 5)]
+    return {**axis, "scale": {"type": "log", "nice": False, "padding": padding},
+            "axis": {"format": "~g", "values": [t for t in ticks if 0.8 * min(known) <= t <= 1.25 * max(known)]}}
 
 
 def _tip(field: str, title: str, form: str | None = None) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """From estimates to decisions: the one place where predicted quality and cost become a choice of model.
 
 The rule is argmax over the pool of `estimate - cost_weight * expected cost`. The cost weight is in quality per
-dollar: at 0 the best estimate wins, and the larger it is, the cheaper the choice. A router may only use what it can know
-before any call, so the cost in the rule is the expected one (see `expected_cost`); scores count the recorded cost.
+dollar: at 0 the best estimate wins, and the larger it is, the cheaper the choice. A router may only use what it can
+know before any call, so the cost in the rule is the expected one (see `expected_cost`); scores count the recorded cost.
 
 Sweeping all cost weights traces the cost-quality curve. `sweep_scores` and `sweep_intervals` do so without ever
 holding the (T, N) table of decisions, so a million prompts x 20 models x 101 settings with 1,000 resamples fit in
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from routewright.outcomes import OutcomeTable
 
 SMALL_SWEEP = 30_000_000  # N x M x T up to which plain numpy is quicker than importing numba
-LANES = 32  # resamples side by side in the sweep kernel, so that one block's counts (256 KB) stay in the second-level cache
+LANES = 32  # resamples side by side in the sweep kernel: one block's counts (256 KB) stay in the second-level cache
 SAMPLE_FOR_WEIGHTS = 50_000  # prompts looked at to place the grid of cost weights
 
 
@@ -97,24 +97,21 @@ def cost_weights(estimate: np.ndarray, expected_cost: np.ndarray, n: int = 101) 
 def change_points(estimate: np.ndarray, expected_cost: np.ndarray) -> np.ndarray:
     """All cost weights at which the choice of some prompt changes, sorted. Returns (K,), K <= N * (M - 1)."""
     estimate, cost = _checked(estimate, expected_cost)
-    n, m = estimate.shape
-    cost = np.broadcast_to(cost, (n, m))
-    rows = np.arange(n)
+    cost = np.broadcast_to(cost, estimate.shape)
     current = _choose(estimate, cost, 0.0)
     found = []
-    for _ in range(m - 1):
+    while len(current):
+        rows = np.arange(len(current))
         saved = cost[rows, current][:, None] - cost
         lost = estimate[rows, current][:, None] - estimate
         with np.errstate(divide="ignore", invalid="ignore"):
             weight = np.where(saved > 0, np.maximum(lost, 0.0) / saved, np.inf)
         at = weight.min(axis=1)
         moving = np.isfinite(at)
-        if not moving.any():
-            break
-        found.append(at[moving])
+        estimate, cost, weight, at = estimate[moving], cost[moving], weight[moving], at[moving]
+        found.append(at)
         # Of the models that meet at this weight, the cheapest is the next choice.
-        next_cost = np.where(weight <= at[:, None] * (1 + 1e-12), cost, np.inf)
-        current = np.where(moving, next_cost.argmin(axis=1), current)
+        current = np.where(weight <= at[:, None] * (1 + 1e-12), cost, np.inf).argmin(axis=1)
     return np.sort(np.concatenate(found)) if found else np.empty(0)
 
 
@@ -130,7 +127,7 @@ def choose_by_threshold(score: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def sweep(estimate: np.ndarray, expected_cost: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Decisions at every cost weight. Returns (T, N) column indices, int8 for pools of at most 127 models, else int16."""
+    """Decisions at every cost weight. Returns (T, N) columns, int8 for pools of at most 127 models, else int16."""
     estimate, cost = _checked(estimate, expected_cost)
     weights = _check_weights(weights)
     out = np.empty((len(weights), len(estimate)), _index_type(estimate.shape[1]))

@@ -131,7 +131,8 @@ def exact(response: str, references: list[str]) -> Grade:
 # ---------------------------------------------------------------- where the final answer stands
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER = re.compile(r"(?:####|\b(?:answer|result)(?:\s+(?:is|was|would\s+be|equals)\b|\s*[:=])(?:\s*[:=])?)", re.IGNORECASE)
+_ANSWER = re.compile(r"(?:####|\b(?:answer|result)(?:\s+(?:is|was|would\s+be|equals)\b|\s*[:=])(?:\s*[:=])?)",
+                     re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
@@ -181,18 +182,18 @@ def _after_marker(text: str) -> str | None:
 # ---------------------------------------------------------------- number
 
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_PLAIN = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_PLAIN = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|mbox|displaystyle|left|right|bf|rm)\b\s*")
 _FRACTION = re.compile(rf"\\[dtc]?frac\s*\{{\s*([-+]?{_PLAIN})\s*\}}\s*\{{\s*([-+]?{_PLAIN})\s*\}}|\\[dtc]?frac\s*(\d)\s*(\d)")
 _POWER = re.compile(rf"^({_PLAIN})?\s*(?:\\times|\\cdot|[*x\u00d7])?\s*10\s*\^\s*\{{?\s*([-+]?\d{{1,3}})\s*\}}?")
 _VALUE = re.compile(rf"^({_PLAIN})(?:[eE]([-+]?\d{{1,3}})(?![\w.]))?(?:\s+(\d+)\s*/\s*(\d+)|\s*/\s*({_PLAIN}))?")
-_UNIT = re.compile(r"^[A-Za-z\u00b0\u00b2\u00b3\u20ac\u00a3\u00a5'/.\- ]{0,40}(?:\^\s*\{?[23]\}?)?[ .]*$")
+_UNIT = re.compile(r"^[A-Za-z\u00b0\u00b2\u00b3\u20ac\u00a3\u00a5'/.\- ]{0,40}(?:(?<=[A-Za-z])\s?\^\s*\{?[23]\}?)?[ .]*$")
 _NOT_UNITS = frozenset("or and not to minus plus times over divided than less more e i x y pi".split())
 _SYMBOL = re.compile(r"^[A-Za-z][A-Za-z ]{0,20}(?:_\{?\w{1,10}\}?)?\s*=(?!=)")
 _IN_TEXT = re.compile(
     r"(?<![\w.,/^])(?:[-+\u2212]\s?)?[$\u20ac\u00a3]?\s?(?:[-+\u2212]\s?)?"
     rf"(?:\\[dtc]?frac\s*\{{[^{{}}]{{1,40}}\}}\s*\{{[^{{}}]{{1,40}}\}}|{_PLAIN})"
-    r"(?:[eE][-+]?\d{1,3}(?![\w.])|\s+\d{1,9}\s*/\s*\d{1,9}|\s*/\s*\d[\d,]*(?:\.\d+)?)?\s*(?:\\?%|percent\b)?(?:\s*(?:"
+    r"(?:[eE][-+]?\d{1,3}(?![\w.])|\s+\d{1,9}\s*/\s*\d{1,9}|\s*/\s*\d+(?:,\d+)*(?:\.\d+)?)?\s*(?:\\?%|percent\b)?(?:\s*(?:"
     + "|".join(_SCALES) + r")\b)?", re.IGNORECASE)
 _SECOND = re.compile(r"^\s*(?:,|or|and|/|;|to|-)\s*[$\u20ac\u00a3]?\s?[-+]?\d")
 
@@ -230,7 +231,8 @@ def read_number(text: str) -> Fraction | None:
 def _undress(text: str) -> str:
     """Without LaTeX spacing and font commands, math signs, markdown and outer brackets."""
     text = unicodedata.normalize("NFKC", text[:1000]).replace("\u2212", "-").replace("\\%", "%").replace("\\$", "$")
-    text = re.sub(r"\\[,!;: ]|~|\{,\}(?=\d{3})", lambda m: "," if m[0] == "{,}" else "" if m[0] in ("\\,", "\\!") else " ", text)
+    text = re.sub(r"\\[,!;: ]|~|\{,\}(?=\d{3})",
+                  lambda m: "," if m[0] == "{,}" else "" if m[0] in ("\\,", "\\!") else " ", text)
     text = re.sub(r"\\(?:circ|degree)s?\b", "\u00b0", text).replace("^\u00b0", "\u00b0").replace("^{\u00b0}", "\u00b0")
     text = _WRAPPER.sub("", text)
     text = re.sub(r"\\[()\[\]]", " ", text)
@@ -244,7 +246,8 @@ def _undress(text: str) -> str:
         if len(text) > 1 and (text[0], text[-1]) in (("(", ")"), ("[", "]")) and not set("()[]") & set(text[1:-1]):
             text = text[1:-1]
         # A group of braces that is no argument: {42}, or the remains of \text{ dollars}.
-        text = re.sub(r"(?<![\\\w}^_])\{([^{}]*)\}|(?<=\d)\{([^{}\d]*)\}", lambda m: m[1] if m[1] is not None else f" {m[2]}", text)
+        text = re.sub(r"(?<![\\\w}^_])\{([^{}]*)\}|(?<=\d)\{([^{}\d]*)\}",
+                      lambda m: m[1] if m[1] is not None else f" {m[2]}", text)
     return text
 
 
@@ -346,7 +349,8 @@ _ALONE = re.compile(r"[\s(\[{*_\"'`$]*([A-Ja-j])[\s)\]}*_\"'`$.:]*")
 _BRACKETED = re.compile(r"[(\[]\s*([A-J])\s*[)\]]")
 _LINE_START = re.compile(r"^[ \t*_>-]*[(\[]?([A-J])(?:[)\]]|[.:](?=\s|$)|\*\*)", re.MULTILINE)
 _NAMED = re.compile(r"\b(?:option|choice)\s+(?:is\s+)?[(\[*\"']*([A-J])\b(?!['\u2019])", re.IGNORECASE)
-_ANOTHER = re.compile(r"^[\s)\]}*_\"'`$.]*(?:,|and|or|/|&|\+)\s*[(\[*\"'$]*(?:option\s+)?[A-J](?![A-Za-z])", re.IGNORECASE)
+_ANOTHER = re.compile(r"^[\s)\]}*_\"'`$.]*(?:,|and|or|/|&|\+)\s*[(\[*\"'$]*(?:option\s+)?[A-J](?![A-Za-z])",
+                      re.IGNORECASE)
 _AFTER_LETTER = frozenset("because since as which for it is and but so with from in by due given".split())
 
 
@@ -404,7 +408,8 @@ def choice(response: str, references: list[str]) -> Grade:
 
 # ---------------------------------------------------------------- math
 
-_DOLLARS = re.compile(r"\$\$(.{1,500}?)\$\$|(?<![\\$])\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]", re.DOTALL)
+_DOLLARS = re.compile(r"\$\$(.{1,500}?)\$\$|(?<![\\$])\$([^$]{1,500})\$|\\\((.{1,500}?)\\\)|\\\[(.{1,500}?)\\\]",
+                      re.DOTALL)
 _HUGE = re.compile(r"\^\s*\{?\s*-?\d{4,}|\^[^,;=]*\^|!\s*!|\d{3,}\s*\}?\)?\s*!|\)\s*!|\d{61,}|\\uparrow")
 _SIDE = re.compile(r"^\s*[A-Za-z](?:_\{?\w{1,3}\}?)?(?:\s*\(\s*[a-z]\s*\))?\s*$")
 
@@ -548,7 +553,8 @@ def _serve() -> None:
     reader = [LatexExtractionConfig()]
 
     def read(latex: str) -> list[Any]:
-        return parse(f"${latex.strip('$ ')}$", extraction_config=reader, fallback_mode="no_fallback", parsing_timeout=None)
+        return parse(f"${latex.strip('$ ')}$", extraction_config=reader, fallback_mode="no_fallback",
+                     parsing_timeout=None)
 
     read("1")
     answers.write(b"ready\n")

@@ -45,7 +45,8 @@ class Notes:
     dropped: list[dict[str, Any]] = field(default_factory=list)
     ignored_fields: Counter = field(default_factory=Counter)
     sources: list[dict[str, Any]] = field(default_factory=list)
-    unknown_length: set[tuple[str, str]] = field(default_factory=set)  # (prompt_id, model) of answers without any length
+    unknown_length: set[tuple[str,
+                              str]] = field(default_factory=set)  # (prompt_id, model) of answers without any length
     prompts_without_text: int = 0
 
     def bad(self, error: UserError) -> None:
@@ -178,7 +179,8 @@ def _reference(value: Any) -> Any:
 
 # ---------------------------------------------------------------- wide rows
 
-_WIDE = ("id", "source", "task", "subject", "split", "prompt", "question", "options", "reference", "outcomes", "group", "para",
+_WIDE = ("id", "source", "task", "subject", "split", "prompt", "question", "options", "reference", "outcomes", "group",
+         "para",
          "context", "context_chars")
 _WIDE_OUTCOME = ("score", "cost_usd", "tok_in", "tok_out", "latency_ms", "answer", "pred", "response", "out_chars")
 
@@ -266,9 +268,11 @@ def _wide_outcome(shared: dict[str, Any], name: str, answer: dict[str, Any], whe
     return Outcome(
         **shared, model_name=name, response=response, quality=worth, grader="recorded",
         is_correct=_quality(answer.get("score", worth), where) >= 1,
-        token_usage=_usage(notes, (shared["prompt_id"], name), characters, length, _count(answer.get("tok_in"), where, "tok_in"),
+        token_usage=_usage(notes, (shared["prompt_id"], name), characters, length,
+                           _count(answer.get("tok_in"), where, "tok_in"),
                            _count(answer.get("tok_out"), where, "tok_out")),
-        cost_usd=_amount(answer.get("cost_usd"), where, "cost_usd"), latency_s=None if latency is None else latency / 1000)
+        cost_usd=_amount(answer.get("cost_usd"), where, "cost_usd"),
+        latency_s=None if latency is None else latency / 1000)
 
 
 def _split(value: Any, where: str) -> str:
@@ -361,14 +365,17 @@ def _routellm_row(row: dict[str, str], where: str, notes: Notes, task: str, subj
             prompt_id=prompt_id, prompt=prompt, model_name=name,
             response=response or "", is_correct=worth >= 1, quality=worth, grader="recorded",
             task="/".join(filter(None, (task, subject))),
-            token_usage=_usage(notes, (prompt_id, name), len(prompt), None if not response else len(response), None, None)))
+            token_usage=_usage(notes, (prompt_id, name), len(prompt), None if not response else len(response), None,
+                               None)))
     return outcomes
 
 
 # ---------------------------------------------------------------- any table
 
-COLUMNS = ("prompt", "model", "quality", "response", "prompt_id", "task", "group", "split", "context", "reference", "sample",
-           "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "output_characters", "cost_usd", "latency_s")
+COLUMNS = ("prompt", "model", "quality", "response", "prompt_id", "task", "group", "split", "context", "reference",
+           "sample",
+           "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "output_characters", "cost_usd",
+           "latency_s")
 _PER_PROMPT = ("prompt", "prompt_id", "task", "group", "split", "context", "reference", "sample")
 
 
@@ -588,7 +595,8 @@ def provenance(outcomes: Sequence[Outcome], notes: Notes, **about: Any) -> dict[
         "fields_ignored": dict(sorted(notes.ignored_fields.items())),
         "tokens_estimated": any(o.token_usage.estimated for o in outcomes),
         "outcomes_with_estimated_tokens": sum(o.token_usage.estimated for o in outcomes),
-        "outcomes_of_unknown_length": sum((o.prompt_id, o.model_name) in notes.unknown_length for o in outcomes), "prompts_without_text": notes.prompts_without_text,
+        "outcomes_of_unknown_length": sum((o.prompt_id, o.model_name) in notes.unknown_length for o in outcomes),
+        "prompts_without_text": notes.prompts_without_text,
     }
 
 
@@ -623,7 +631,8 @@ def summary(outcomes: Iterable[Outcome], about: Mapping[str, Any]) -> str:
             best[o.prompt_id] = max(best[o.prompt_id], o.quality)
     width = max(len(name) for name in worth)
     lines = [f"{about['prompts']:,} prompts in {about['groups']:,} groups, {len(worth)} models, {about['outcomes']:,} outcomes; "
-             + ", ".join(f"{name or 'no split'} {n:,}" for name, n in sorted(about["splits"].items(), key=lambda kv: -kv[1]))]
+             + ", ".join(f"{name or 'no split'} {n:,}" for name,
+                         n in sorted(about["splits"].items(), key=lambda kv: -kv[1]))]
     lines += [f"  dropped {entry['count']:,} {entry['what']}: {entry['why']}" for entry in about["dropped"]]
     if about["bad_rows_skipped"]:
         lines.append(f"  skipped {about['bad_rows_skipped']} damaged rows, the first: {about['bad_rows'][0]}")

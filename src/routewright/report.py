@@ -14,6 +14,7 @@ from typing import Any
 from routewright import charts
 
 NONE = "n/a"
+THIN, MINUS = "\u00a0", "\u2212"  # a blank that does not break, a minus as long as a plus
 COLUMNS = ("router", "role", "verdict", "versus_mix_points", "versus_mix_lo", "versus_mix_hi", "quality", "quality_lo",
            "quality_hi", "usd_per_1k", "cost_ratio", "parity_cost_ratio", "parity_cost_ratio_lo", "parity_cost_ratio_hi",
            "parity_quality_points", "aiq", "aiq_verdict", "regret", "arena", "largest_share")
@@ -22,12 +23,18 @@ COLUMNS = ("router", "role", "verdict", "versus_mix_points", "versus_mix_lo", "v
 # ---------------------------------------------------------------- words for numbers
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return NONE if value is None else f"{100 * value:.{digits}f} %"
+    return NONE if value is None else f"{100 * value:.{digits}f}{THIN}%"
 
 
 def points(value: float | None) -> str:
     """A difference of quality in points, signed."""
-    return NONE if value is None else f"{100 * value:+.1f}".replace("-0.0", "0.0").replace("+0.0", "0.0")
+    return NONE if value is None else signed(100 * value)
+
+
+def signed(value: float) -> str:
+    """One digit with its sign; what rounds to 0 has none."""
+    text = f"{value:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
 
 
 def money(value: float | None) -> str:
@@ -49,7 +56,7 @@ def span(said: Mapping[str, Any] | None, form: Any, joint: str = " to ") -> str:
 
 
 def _level(results: Mapping[str, Any]) -> str:
-    return f"{100 * results['level']:g} % interval"
+    return f"{100 * results['level']:g}{THIN}% interval"
 
 
 # ---------------------------------------------------------------- the headline
@@ -61,7 +68,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     cost at which it reaches the best single model's quality there), never by its test scores.
     """
     routers = {n: r for n, r in results["routers"].items() if not r["control"]}
-    best, level = results["best_single"], _level(results)
+    best, level = short_names(results)[results["best_single"]], _level(results)
     reaching = {n: r for n, r in routers.items() if all(r["parity_reached_on_dev"])
                 and r["points"]["parity"]["dev_cost_ratio"] is not None and r["points"]["parity"]["dev_cost_ratio"] < 1}
     if not reaching:
@@ -89,26 +96,31 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
                    f"{span(mix, points)}).")
         tone = "mixed" if tone == "good" else tone
     else:
-        detail += (f" That is {points(mix['value'])} points above the best random mix of models at the same cost "
+        detail += (f" That is {100 * mix['value']:.1f} points above the best random mix of models at the same cost "
                    f"({span(mix, points)}).")
     return {"text": text, "detail": detail, "router": name, "tone": tone}
 
 
 def _headline_none(results: Mapping[str, Any], routers: Mapping[str, Any]) -> dict[str, Any]:
     """No router reached the best single model's quality for less on dev."""
-    best = results["best_single"]
-    name = min(routers, key=lambda n: (routers[n]["points"]["balanced"]["dev_cost_ratio"] or 0.0, n)) if routers else None
-    if name is None:
+    best = short_names(results)[results["best_single"]]
+    if not routers:
         return {"text": f"No router was judged: only controls stand beside {best}.", "detail": "", "router": None, "tone": "bad"}
-    scored = max(routers, key=lambda n: ({"beats": 2, "ties": 1}.get(routers[n]["points"]["balanced"]["versus_mix"]["verdict"], 0),
-                                         -list(routers).index(n)))
-    point = routers[scored]["points"]["balanced"]
+    name = max(routers, key=lambda n: (routers[n]["points"]["balanced"]["dev_reward"], -list(routers).index(n)))
+    point = routers[name]["points"]["balanced"]
     mix = point["versus_mix"]
+    side = "above" if mix["value"] >= 0 else "below"
+    judged = {"beats": "a real gain", "ties": "no difference that these prompts can show", "loses": "a real loss"}[mix["verdict"]]
     return {"text": f"No router reaches the quality of {best}, the best single model, for less money.",
-            "detail": f"At its balanced setting {scored} reaches {percent(point['quality']['value'])} quality at "
-                      f"{percent(point['cost_ratio']['value'], 0)} of the cost of {best}, {points(mix['value'])} points from the "
-                      f"best random mix of models at that cost ({_level(results)} {span(mix, points)}: {mix['verdict']}).",
-            "router": scored, "tone": "mixed" if mix["verdict"] == "beats" else "bad"}
+            "detail": f"At its balanced setting {name} answers {percent(point['quality']['value'])} right at "
+                      f"{percent(point['cost_ratio']['value'], 0)} of the cost of {best}. That is {abs(100 * mix['value']):.1f} "
+                      f"points {side} the best random mix of models at that cost ({_level(results)} {span(mix, points)}), {judged}.",
+            "router": name, "tone": "mixed" if mix["verdict"] == "beats" else "bad"}
+
+
+def short_names(results: Mapping[str, Any]) -> dict[str, str]:
+    """Model -> its name without the maker's folder, where that leaves the names distinct."""
+    return charts.short_names(results)
 
 
 # ---------------------------------------------------------------- tables
@@ -127,7 +139,7 @@ def leaderboard_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[A
     rows.sort(key=lambda r: r[1] == "control")
     gap = [None] * len(COLUMNS)
     for name, model in results["models"].items():
-        rows.append([f"always {name}", "model", *gap[2:6], *(model["quality"][k] for k in ("value", "lo", "hi")),
+        rows.append([f"always {short_names(results)[name]}", "model", *gap[2:6], *(model["quality"][k] for k in ("value", "lo", "hi")),
                      model["cost_per_1k"]["value"], *gap[10:]])
     rows.append(["best random mix", "content-free", *gap[2:15], results["mix"]["aiq"]["value"], *gap[16:]])
     oracle = results["oracle"]
@@ -150,7 +162,6 @@ def table_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
         mix = {"value": of["versus_mix_points"], "lo": of["versus_mix_lo"], "hi": of["versus_mix_hi"]}
         quality = {"lo": of["quality_lo"], "hi": of["quality_hi"]}
         parity = {"lo": of["parity_cost_ratio_lo"], "hi": of["parity_cost_ratio_hi"]}
-        signed = lambda v: f"{v:+.1f}"  # noqa: E731 - already in points
         bare = lambda v: f"{100 * v:.1f}"  # noqa: E731
         whole = lambda v: f"{100 * v:.0f}"  # noqa: E731
         judged = of["role"] in ("router", "control")
@@ -192,7 +203,7 @@ def method_lines(results: Mapping[str, Any]) -> list[str]:
         f"{tests} test prompts, {kind}; {results['n_resamples']:,} paired bootstrap resamples of prompts, "
         f"{100 * results['level']:g} % percentile intervals.",
         f"Settings are chosen on dev and reported on test. Balanced: best dev reward, {reward_words(results)}. Parity: the "
-        f"cheapest setting that reaches the dev quality of the best single model ({results['best_single']}).",
+        f"cheapest setting that reaches the dev quality of the best single model ({results['best_single']}); relative costs are against that model.",
         "Verdict: the interval of the quality difference to the best content-free control (the upper hull of the "
         "always-one-model points) at the router's own cost. Whole curve: the same for AIQ, the mean quality over the "
         "cost range of the pool. Costs include the router's own overhead in dollars."]
@@ -264,11 +275,11 @@ def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping
     environment.filters |= {"percent": percent, "points": points, "money": money}
     template = environment.from_string((Path(__file__).parent / "report_page.html").read_text(encoding="utf-8"))
     return template.render(
-        r=results, lead=results["headline"]["router"], examples=examples, provenance=provenance, timing=timing,
+        r=results, short=short_names(results), lead=results["headline"]["router"], examples=examples, provenance=provenance, timing=timing,
         routers={n: v for n, v in results["routers"].items() if not v["control"]},
         controls={n: v for n, v in results["routers"].items() if v["control"]},
         warnings=_warnings(results), methods=method_lines(results), reward_words=reward_words(results),
-        level=_level(results), span=span, versus=_versus_names(results), specs=_for_script(dict(specs)),
+        level=_level(results), span=span, points=points, percent=percent, percent0=lambda v: percent(v, 0), versus=_versus_names(results), specs=_for_script(dict(specs)),
         has={name: name in specs for name in ("budget", "tasks")},
         themes=_for_script({"light": {**charts.theme(), "background": "transparent"}, "dark": charts.theme(dark=True)}),
         vega=charts.page_script().replace("</script", "<\\/script"))

@@ -501,6 +501,7 @@ class _Scorer:
             "quality_difference": self.say([q - b for q, b in zip(quality, best_quality, strict=True)], judged=True),
             "versus_mix": self.say([q - m for q, m in zip(quality, mix, strict=True)], judged=True),
             "dev_cost_ratio": clean(np.mean([self._dev_ratio(name, i, point) for i in at])),
+            "dev_reward": clean(np.mean([self._dev_reward(name, i, point) for i in at])),
             "mix_quality": clean(np.mean([m[0] for m in mix])),
             "cost_weight": [clean(self.swept[name, i].weights[self.swept[name, i].chosen[point]]) for i in at],
             "shares": dict(zip(self.table.models, map(clean, np.mean(shares, axis=0)), strict=True)),
@@ -513,6 +514,10 @@ class _Scorer:
         """Cost over the best single model's on dev: what may be looked at when one router is to be picked."""
         run, world = self.swept[name, view], self.world[view]
         return run.dev_cost[run.chosen[point]] / max(world["dev_cost"][world["best"]], 1e-300)
+
+    def _dev_reward(self, name: str, view: int, point: str) -> float:
+        run = self.swept[name, view]
+        return run.dev_reward[run.chosen[point]]
 
     def _shares(self, name: str, view: int, point: str) -> np.ndarray:
         run = self.swept[name, view]
@@ -528,7 +533,7 @@ class _Scorer:
             found["shuffled"].append(world_quality @ share)
             found["fixed split"].append(world_quality @ metrics.mix_weights(float(c[0]), self.world[i]["dev_cost"], self.world[i]["dev_quality"]))
         for other in self.contestants:
-            if other.is_control and other.name != contestant.name and all(i in other.estimates for i in at):
+            if (other.is_control or other.kind == "knn") and other.name != contestant.name and all(i in other.estimates for i in at):
                 found[other.name] = [self._curve(other.name, i, c[:, None])[:, 0] for i, c in zip(at, cost, strict=True)]
         said = {}
         for name, control in found.items():

@@ -323,7 +323,8 @@ def _threshold_grid(score: np.ndarray, thresholds: np.ndarray | int) -> np.ndarr
 def _outcome_classes(pair: np.ndarray, max_classes: int) -> tuple[np.ndarray | None, np.ndarray | None]:
     """Distinct rows of (N, 2) and each row's class; (None, None) where there are too many."""
     if ((pair == 0) | (pair == 1)).all():
-        return np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]), (pair[:, 0] * 2 + pair[:, 1]).astype(np.int64)
+        binary = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        return binary, (pair[:, 0] * 2 + pair[:, 1]).astype(np.int64)
     if len(np.unique(pair[:, 0])) * len(np.unique(pair[:, 1])) > max_classes**2:
         return None, None
     classes, member = np.unique(pair, axis=0, return_inverse=True)

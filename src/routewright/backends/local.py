@@ -98,7 +98,10 @@ class LocalBackend(Backend):
             except Exception as error:  # noqa: BLE001 - the loader raises a dozen kinds, all mean the same to the user
                 first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
                 raise MissingSetup(f"{folder}: the weights of {model_name!r} do not load ({first}); fetch or train them again") from None
-            self._loaded[model_name] = (model.to(torch_device()).eval(), tokenizer)
+            model = model.to(torch_device()).eval()
+            # The first generation pays for lazy set-up, which is no model's latency.
+            _generate(model, tokenizer, [tokenizer("1")["input_ids"]], Sampling(), 2, [0])
+            self._loaded[model_name] = (model, tokenizer)
         return self._loaded[model_name]
 
 

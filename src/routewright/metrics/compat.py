@@ -1,8 +1,8 @@
 """The numbers that published systems print, with their conventions, so that results can be laid beside theirs.
 
 Each section names its origin. Traps are kept where the origin's figure depends on them, and named in the docstring;
-`sound` holds the form without the trap. Two departures are made everywhere: where an origin crashes, a sentence says why,
-and where it prints 0 for a quantity that does not exist, None is returned.
+`sound` holds the form without the trap. Two departures are made everywhere: where an origin crashes, a sentence says
+why, and where it prints 0 for a quantity that does not exist, None is returned.
 """
 
 from __future__ import annotations
@@ -50,25 +50,33 @@ def routellm(strong_win_rate: np.ndarray, weak_quality: np.ndarray, strong_quali
     """
     score = np.asarray(strong_win_rate, dtype=float)
     weak, strong = np.asarray(weak_quality, dtype=float), np.asarray(strong_quality, dtype=float)
+    if not len(score) == len(weak) == len(strong) or not len(score):
+        raise UserError("RouteLLM's metrics need one score, weak and strong quality for each prompt; got "
+                        f"{len(score)}, {len(weak)} and {len(strong)}")
+    if np.isnan(score).any():
+        place = int(np.flatnonzero(np.isnan(score))[0])
+        raise UserError(f"the score of prompt {place} is nan; a threshold needs numbers")
+    order = np.argsort(score)
+    ranked = score[order]
     places = np.linspace(0.0, 1.0, n_results + 1)
     inexact = n_results * places != np.arange(n_results + 1)
     places[inexact] = np.nextafter(places[inexact], 1.0)  # as pandas.qcut rounds, so that edges agree bit for bit
-    edges = np.quantile(score, places)
+    edges = np.quantile(ranked, places)
     if (np.diff(edges) <= 0).any():
         raise UserError(f"RouteLLM's {n_results + 1} thresholds are quantiles of the score, and only "
                         f"{len(np.unique(edges))} of them differ (the score is nearly constant); "
                         "use metrics.sound.threshold_curve, which takes every distinct score")
-    x, y = np.empty(len(edges)), np.empty(len(edges))
-    for j, edge in enumerate(edges):
-        to_strong = score > edge if j == len(edges) - 1 else score >= edge
-        x[j] = 100.0 * to_strong.mean()
-        y[j] = 100.0 * np.where(to_strong, strong, weak).mean()
-    order = np.argsort(x, kind="stable")
-    x, y = x[order], y[order]
+    # Prompts from `first` on go to the strong model: score >= edge, for the last edge score > edge.
+    first = np.searchsorted(ranked, edges, side="left")
+    first[-1] = np.searchsorted(ranked, edges[-1], side="right")
+    first = first[::-1]  # sorted by strong share
+    gained = np.concatenate([[0.0], np.cumsum((strong - weak)[order][::-1])])
+    x = 100.0 * ((len(score) - first) / len(score))
+    y = 100.0 * ((weak.sum() + gained[len(score) - first]) / len(score))
     low, high = 100.0 * weak.mean(), 100.0 * strong.mean()
     auc, apgr = _routellm_area(x, y, low, high)
     cpt = {p: float(np.interp(p / 100 * (high - low) + low, y, x)) for p in (20, 50, 80)}
-    return RouteLLMScores(x, y, edges[order], cpt, auc, apgr, low, high, bool((np.diff(y) >= 0).all()))
+    return RouteLLMScores(x, y, edges[::-1], cpt, auc, apgr, low, high, bool((np.diff(y) >= 0).all()))
 
 
 def routellm_optimal(weak_quality: np.ndarray, strong_quality: np.ndarray, strong_fraction: float) -> float:
@@ -155,7 +163,7 @@ class Optimality:
 
 def routerarena_optimality(correct: np.ndarray, cost: np.ndarray, decision: np.ndarray,
                            before_pr97: bool = False) -> Optimality:
-    """Compares decisions with the cheapest model of accuracy >= 1 on each prompt; prompts that none gets right are left out.
+    """Compares decisions with the cheapest model of accuracy >= 1 on each prompt; without the prompts none gets right.
 
     `before_pr97` also leaves out the prompts on which the router was wrong, as the code did until 2026-05-20, which
     makes `accuracy` 1 by construction (issue #95).
@@ -178,8 +186,8 @@ def routerarena_optimality(correct: np.ndarray, cost: np.ndarray, decision: np.n
 def routerbench_ndch(cost: np.ndarray, quality: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """RouterBench's non-decreasing hull, as (cost, quality): an upper envelope at the given costs, not a minimal hull.
 
-    Every inner point is raised to the best chord above it, the first point is kept, the last one only where it is not below
-    the end of the hull, and one pass deletes points that fall below their predecessor. O(N**3), as in the origin.
+    Every inner point is raised to the best chord above it, the first point is kept, the last one only where it is not
+    below the end of the hull, and one pass deletes points that fall below their predecessor. O(N**3), as in the origin.
     """
     order = np.argsort(np.asarray(cost, dtype=float), kind="stable")
     x, y = np.asarray(cost, dtype=float)[order], np.asarray(quality, dtype=float)[order]
@@ -201,7 +209,7 @@ def routerbench_ndch(cost: np.ndarray, quality: np.ndarray) -> tuple[np.ndarray,
 
 
 def routerbench_aiq(curves: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
-    """AIQ of each named (cost, quality) curve: area under its hull, extended flat to the largest cost, divided by that cost.
+    """AIQ of each named (cost, quality) curve: area under its hull, extended flat to the largest cost, over that cost.
 
     The largest cost is taken over all curves given, and nothing is added left of a curve's own start, so every value
     depends on who else is compared. `sound.aiq` does not.
@@ -294,10 +302,10 @@ def router_r1_reward(f1: float, raw_cost: float, recent_costs: Sequence[float], 
                      format_ok: bool = True) -> float:
     """Router-R1's reward of one answer.
 
-    -1 for a broken format, 0 for F1 = 0, else (1 - c) F1 + c * cost reward. The cost reward is 1 minus the clipped position
-    of sqrt(cost) between the 5 % and 95 % quantiles of the square roots of the last 1,000 costs: a moving scale, so one price
-    earns different rewards at different times; one half where they are all equal (the origin divides by zero). `raw_cost`
-    counts completion tokens only in the origin.
+    -1 for a broken format, 0 for F1 = 0, else (1 - c) F1 + c * cost reward. The cost reward is 1 minus the clipped
+    position of sqrt(cost) between the 5 % and 95 % quantiles of the square roots of the last 1,000 costs: a moving
+    scale, so one price earns different rewards at different times; one half where they are all equal (the origin
+    divides by zero). `raw_cost` counts completion tokens only in the origin.
     """
     if not format_ok:
         return -1.0
@@ -314,7 +322,7 @@ def router_r1_reward(f1: float, raw_cost: float, recent_costs: Sequence[float], 
 
 @dataclass(frozen=True)
 class RouterEvalScores:
-    """mu = mean score of the chosen model; v_b = mu / best single; e_p = mean entropy (bits) of the predicted distribution."""
+    """mu = mean score of the chosen model; v_b = mu / best single; e_p = mean entropy (bits) of the prediction."""
 
     mu: float
     v_b: float | None
@@ -368,8 +376,8 @@ def frontier_cs_score(correct: np.ndarray, cost: np.ndarray, decision: np.ndarra
 class CoBenchScores:
     """CoBench's metrics. Where a band holds no point of the curve the origin prints 0; here it is None.
 
-    `auroc` and `youden_threshold` judge the score as P(the weak model is right); one class only gives 0.5 in the origin,
-    None here. The Youden threshold is fitted on the data given, so give it dev.
+    `auroc` and `youden_threshold` judge the score as P(the weak model is right); one class only gives 0.5 in the
+    origin, None here. The Youden threshold is fitted on the data given, so give it dev.
     """
 
     auroc: float | None

@@ -147,9 +147,10 @@ def threshold_curve(score: np.ndarray, cheap_quality: np.ndarray, strong_quality
     """
     score = np.asarray(score, dtype=float)
     if np.isnan(score).any():
-        raise UserError(f"the score of prompt {int(np.flatnonzero(np.isnan(score))[0])} is nan; a threshold needs numbers")
+        place = int(np.flatnonzero(np.isnan(score))[0])
+        raise UserError(f"the score of prompt {place} is nan; a threshold needs numbers")
     cheap, strong = np.asarray(cheap_quality, dtype=float), np.asarray(strong_quality, dtype=float)
-    order = np.argsort(score, kind="stable")
+    order = np.argsort(score)  # the order among ties does not matter: they move together
     ranked = score[order]
     ends = np.append(np.flatnonzero(ranked[1:] != ranked[:-1]) + 1, len(ranked))
     gained = np.cumsum((strong - cheap)[order])[ends - 1]
