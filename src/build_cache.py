@@ -68,8 +68,9 @@ def main(
     for name, value in (("prompts", prompts), ("pool", pool)):
         if not value:
             raise UserError(f"--{name} is missing; name a file")
-    if samples < 1:
-        raise UserError(f"--samples must be at least 1; got {samples}")
+    for name, value in (("samples", samples), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1; got {value}")
 
     asked = _checked_prompts(prompts, limit, grader)
     members = Pool.load(pool)

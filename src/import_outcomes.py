@@ -8,10 +8,11 @@ from characters and marked, so that every report can say so.
     python src/import_outcomes.py --format routellm --source ../shared/data/routellm/original/gsm8k \\
         --pool configs/pools/routellm.yaml --output_dir data/outcomes/gsm8k
     python src/import_outcomes.py --source recorded.jsonl.gz --pool my_pool.yaml --output_dir data/outcomes/mine
-    python src/import_outcomes.py --format table --source calls.csv --pool my_pool.yaml --output_dir data/outcomes/calls \\
-        --columns.prompt question --columns.model llm --columns.quality score
-    python src/import_outcomes.py --format table --source wide.csv --pool my_pool.yaml --output_dir data/outcomes/wide \\
-        --models "[gpt-4, mixtral]" --columns.prompt prompt --columns.quality "{model}" --columns.response "{model}_response"
+    python src/import_outcomes.py --format table --source calls.csv --pool my_pool.yaml \\
+        --output_dir data/outcomes/calls --columns.prompt question --columns.model llm --columns.quality score
+    python src/import_outcomes.py --format table --source wide.csv --pool my_pool.yaml \\
+        --output_dir data/outcomes/wide --models "[gpt-4, mixtral]" --columns.prompt prompt \\
+        --columns.quality "{model}" --columns.response "{model}_response"
 
 Writes outcomes.jsonl.gz, pool.yaml (a copy) and provenance.json into --output_dir. Needs no network and no GPU;
 14,042 prompts x 2 models take about 8 seconds of one core and under 1 GB.
@@ -83,7 +84,8 @@ def main(
                        splits_by=splits, fractions=fractions or {}, salt=salt, near_duplicate_threshold=threshold)
     written = write_cache(output_dir, outcomes, pool, about, overwrite)
     print(summary(outcomes, about))
-    print(f"{output_dir}: {'written' if written else 'already holds exactly this'} (fingerprint {about['fingerprint']})")
+    print(f"{output_dir}: {'written' if written else 'already holds exactly this'} (fingerprint "
+          f"{about['fingerprint']})")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def test_long_and_hostile_text_takes_no_time():
     for text in ("1," * 200_000, "\\boxed{" * 5_000, "$" * 100_000, " " * 200_000 + "x", "answer is " * 20_000,
                  "(" * 50_000, "9/" * 50_000,
                  "\\frac{1}" * 20_000, "{" * 20_000 + "}" * 20_000, "a" * 200_000, "-" * 100_000, "A)" * 50_000):
-        for name, gold in (("number", "7"), ("choice", "B")):
+        for name, gold in (("number", "7"), ("choice", "B"), ("math", "7")):
             grade(name, text, gold)
             grade(name, f"\\boxed{{{text}}}", gold)
             grade(name, f"the answer is {text}", gold)
@@ -269,6 +269,65 @@ def test_a_comparison_that_hangs_is_killed_and_grading_goes_on():
     assert child.process is None
     assert grade("math", r"\boxed{2\sqrt{2}}", r"\sqrt{8}").correct
     assert child.process.pid != first
+
+
+# ---------------------------------------------------------------- many answers at once
+
+def exploits(value: int) -> list[str]:
+    """Answers that hold the right number and do not give it, or give more than it."""
+    other = value + 7
+    box = [f"{value}\\%", f"{other}={value}", f"{value}={value}", f"{other},{value}", f"{value},{other}",
+           f"{value} \\text{{ or }} {other}",
+           f"{value}+0", f"{value}!", f"{value}^1", f"{value}x", f"\\{{{value},{other}\\}}", f"({value},{other})",
+           f"[{value},{other}]", f"{value}..{other}",
+           f"{other}>{value}", f"\\le {value}", f"\\approx {value}", f"not {value}", f"{value}\\pm 1",
+           f"\\text{{any of }} {value}, {other}", "nan", "\\infty", "",
+           f"{value}; {other}", f"{value}\\cdot 10^{{99999}}", f"9^{{9^{{9^{{{value}}}}}}}", f"eval({value})",
+           f"print({value})", f"{value}/0", f"--{value}",
+           f"{value}%", f"{value} percent", f"{value} million", f"0.{value}", f"{value}.5", f"-{value}", f"{value}e5",
+           f"1/{value}", f"{value} 1/2"]
+    said = [f"The answer is {value} or {other}.", f"The answer is {other} or {value}.", f"{other} or {value}",
+            f"{value}, {other}", f"{other} {value}",
+            f"Answer: {value}%", f"{value}%", f"\\boxed{{{value}}} and \\boxed{{{other}}}", f"\\boxed{{{value}",
+            f"The answer is {other}. {value}"]
+    return [f"\\boxed{{{inside}}}" for inside in box] + said
+
+
+def test_a_thousand_exploits_are_refused():
+    accepted = [(answer, value) for value in range(11, 34) for answer in exploits(value)
+                if grade("number", answer, str(value)).correct]
+    assert not accepted
+    assert sum(len(exploits(value)) for value in range(11, 34)) > 1000
+
+
+def test_math_refuses_the_exploits_too():
+    slow, accepted = [], []
+    for answer in exploits(42):
+        start = time.perf_counter()
+        true_as_mathematics = answer in (r"\boxed{42+0}", r"\boxed{42^1}", r"\boxed{--42}")
+        if grade("math", answer, "42").correct and not true_as_mathematics:
+            accepted.append(answer)
+        if time.perf_counter() - start > 5:
+            slow.append(answer)
+    assert not accepted and not slow
+
+
+def test_hundreds_of_equal_forms_are_accepted():
+    forms = ["{v}", "{v:,}", "{v}.00", "\\boxed{{{v}}}", "\\boxed{{{v:,}}}", "$\\boxed{{{v}}}$",
+             "\\[\\boxed{{{v}}}\\]", "\\boxed{{\\text{{{v}}}}}",
+             "\\boxed{{{v}\\text{{ units}}}}", "\\boxed{{\\${v}}}", "\\boxed{{x = {v}}}", "The answer is {v}.",
+             "**Answer**: {v}", "Answer: ${v}$", "#### {v}",
+             "Thus we get {v} apples in total.", "= {v}", "The final answer is \\( {v} \\).",
+             "Final Answer: **{v:,}**", "\\boxed{{{v}\\,}}",
+             "\\boxed{{{v}~\\mathrm{{kg}}}}", "\\fbox{{{v}}}", "\\boxed{{\\$ {v:,}.00}}", "Answer: {v} dollars",
+             "The answer is therefore {v}",
+             "<answer>{v}</answer>", '{{"reasoning": "5 things", "answer": "{v}"}}',
+             "Therefore, the total is {v} (in dollars).", "So it is **{v}**",
+             "The final answer is: $\\boxed{{{v}}}$. I hope it is correct."]
+    cases = [(form.format(v=value), str(value)) for form in forms for value in range(3, 60_000, 3333)]
+    assert len(cases) > 500
+    assert [case for case in cases if not grade("number", *case).correct] == []
+    assert [case for case in cases[::9] if not grade("math", *case).correct] == []
 
 
 # ---------------------------------------------------------------- the door

@@ -22,7 +22,8 @@ from routewright.prompts import (
 )
 from routewright.schema import Prompt
 
-WORDS = ("river stone window garden paper silver market morning travel winter letter simple engine bottle castle doctor "
+WORDS = ("river stone window garden paper silver market morning travel winter letter simple engine bottle castle "
+         "doctor "
          "forest handle island jacket kitchen ladder mirror needle orange pencil quarter rabbit saddle ticket").split()
 
 
@@ -108,7 +109,8 @@ def test_every_planted_duplicate_is_found_and_none_straddles_a_split():
 
 
 def test_the_same_template_with_other_numbers_is_another_prompt():
-    texts = [f"Ann has {a} pears and buys {b} more at the market before noon, how many pears does she have in the evening of that day"
+    texts = [f"Ann has {a} pears and buys {b} more at the market before noon, how many pears does she have in the "
+             f"evening of that day"
              for a in range(10) for b in range(10)]
     assert len(set(group_near_duplicates(texts))) == 100
     assert len(set(group_near_duplicates(texts, threshold=0.5, numbers_matter=False))) == 1
@@ -158,7 +160,8 @@ def test_short_prompts_are_equal_or_different():
 
 
 def test_character_shingles_find_a_changed_word_in_a_short_prompt():
-    a, b = "Which river flows through the old town of Bern in Switzerland", "Which river flows through the old city of Bern in Switzerland"
+    a = "Which river flows through the old town of Bern in Switzerland"
+    b = "Which river flows through the old city of Bern in Switzerland"
     assert len(set(group_near_duplicates([a, b]))) == 2
     assert len(set(group_near_duplicates([a, b], threshold=0.7, shingle=5, unit="character"))) == 1
 
@@ -227,7 +230,8 @@ def test_the_check_names_and_counts():
     a = [Prompt(f"a{i}", t) for i, t in enumerate(sentences(10))]
     check_no_overlap(a[:5], a[5:], "train", "test")
     with pytest.raises(UserError,
-                       match=r"5 of 10 prompts of train stand in the test split too \(5 exact\): 'a0' = 'a0'.*; \.\.\.;"):
+                       match=r"5 of 10 prompts of train stand in the test split too \(5 exact\): 'a0' = 'a0'.*; "
+                             r"\.\.\.;"):
         check_no_overlap(a, a[:5], "train", "the test split")
 
 
@@ -247,7 +251,8 @@ def test_ten_thousand_against_ten_thousand_is_quick():
 
 def test_read_prompts(tmp_path):
     file = tmp_path / "p.jsonl"
-    file.write_text('{"prompt": "What?", "prompt_id": "x", "reference": 4, "task": "t"}\n{"question": "Why?", "id": 7, "answer": ["a", "b"]}\n'
+    file.write_text('{"prompt": "What?", "prompt_id": "x", "reference": 4, "task": "t"}\n{"question": "Why?", "id": '
+                    '7, "answer": ["a", "b"]}\n'
                     '{"instruction": "How?"}\n')
     first, second, third = read_prompts(file)
     assert (first.prompt_id, first.reference, first.task) == ("x", 4, "t")

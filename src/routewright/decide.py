@@ -168,14 +168,10 @@ def sweep_scores(estimate: np.ndarray, expected_cost: np.ndarray, quality: np.nd
         weights: (T,) cost weights
     """
     estimate, expected, quality, cost, weights = _tables(estimate, expected_cost, quality, cost, weights)
-    n, m = estimate.shape
-    t = len(weights)
-    sums = np.zeros((2, t))
-    calls = np.zeros((t, m), np.int64)
-    tally = compiled(_tally) if n * m * t > SMALL_SWEEP else _tally_numpy
+    walk = _Walk(quality, cost, weights)
     for start, stop, chosen in _decisions(estimate, expected, weights):
-        tally(chosen, quality[start:stop], cost[start:stop], sums, calls)
-    return SweepScores(weights, sums[0] / n, sums[1] / n, calls / n)
+        walk.changes(start, stop, chosen)
+    return SweepScores(weights, *walk.scores())
 
 
 def sweep_values(estimate: np.ndarray, expected_cost: np.ndarray, quality: np.ndarray, cost: np.ndarray,
@@ -200,28 +196,20 @@ def sweep_intervals(estimate: np.ndarray, expected_cost: np.ndarray, quality: np
     running sum. All sums are whole numbers on a fixed-point grid, as in `stats`.
     """
     estimate, expected, quality, cost, weights = _tables(estimate, expected_cost, quality, cost, weights)
-    n, m = estimate.shape
-    t, b = len(weights), resampler.n_resamples
+    n, t, b = len(estimate), len(weights), resampler.n_resamples
     if resampler.n != n:
         raise UserError(f"these resamples are over {resampler.n} prompts, but the estimates have {n} rows")
-    largest = np.array([np.abs(quality).max(), np.abs(cost).max()])
-    scale = np.ldexp(1.0, np.clip(50 - np.frexp(n * np.maximum(largest, 1e-300))[1], -1000, 1000))
-    point, calls = np.zeros((2, t), np.float64), np.zeros((t, m), np.int64)
+    walk = _Walk(quality, cost, weights)
+    weigh = compiled(_weigh_changes) if walk.compiled or n * b > 2_000_000 else _weigh_changes_numpy
     samples = np.zeros((-(-b // LANES), t, 2, LANES))
-    fast = n * b > 2_000_000 or n * m * t > SMALL_SWEEP
-    tally = compiled(_tally) if fast else _tally_numpy
     for (start, stop, chosen), (_, _, counts) in zip(_decisions(estimate, expected, weights), resampler.counts(),
                                                      strict=True):
-        tally(chosen, quality[start:stop], cost[start:stop], point, calls)
-        changes = _changes(chosen, np.rint(quality[start:stop] * scale[0]), np.rint(cost[start:stop] * scale[1]))
-        if fast:
-            compiled(_weigh_changes)(counts, *changes, samples)
-        else:
-            _weigh_changes_numpy(counts, *changes, samples)
-    total = np.cumsum(samples, axis=1).transpose(2, 0, 3, 1).reshape(2, -1, t)[:, :b] / (scale[:, None, None] * n)
-    q_lo, q_hi = interval(total[0], level)
-    c_lo, c_hi = interval(total[1], level)
-    return SweepIntervals(weights, point[0] / n, point[1] / n, calls / n, total[0], total[1], q_lo, q_hi, c_lo, c_hi)
+        weigh(counts, *walk.changes(start, stop, chosen), samples)
+    sums = np.cumsum(samples, axis=1).transpose(2, 0, 3, 1).reshape(2, -1, t)[:, :b]
+    means = sums / (walk.scale[:, None, None] * n)
+    quality_lo, quality_hi = interval(means[0], level)
+    cost_lo, cost_hi = interval(means[1], level)
+    return SweepIntervals(weights, *walk.scores(), means[0], means[1], quality_lo, quality_hi, cost_lo, cost_hi)
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -300,78 +288,144 @@ def _decisions(estimate: np.ndarray, cost: np.ndarray, weights: np.ndarray):
 
 
 def _choose_all(estimate: np.ndarray, cost: np.ndarray, weights: np.ndarray, chosen: np.ndarray) -> None:
-    """`_choose` for all weights at once. Run through `compiled`: the inner loop over weights is vector code."""
+    """`_choose` for all weights at once. Run through `compiled`: the inner loop over weights is vector code.
+
+    Models come in the order in which ties are broken, so the first of equals wins by a strict comparison, and one that
+    is no better than a cheaper one can be passed over for all weights.
+    """
+    n, m = estimate.shape
     t = len(weights)
-    best, paid, worth = np.empty(t), np.empty(t), np.empty(t)
-    which = np.empty(t, np.int64)
+    order = np.arange(m)
+    best, which = np.empty(t), np.empty(t, np.int64)
     shared = cost.shape[0] == 1
-    for i in range(estimate.shape[0]):
+    for i in range(n):
         row = 0 if shared else i
-        for k in range(t):
-            best[k] = -np.inf
-            paid[k] = np.inf
-            worth[k] = -np.inf
-            which[k] = 0
-        for j in range(estimate.shape[1]):
+        for a in range(1, m):  # insertion sort from the order of the prompt before, which is nearly right
+            j = order[a]
             e, c = estimate[i, j], cost[row, j]
+            b = a
+            while b > 0:
+                other = order[b - 1]
+                e2, c2 = estimate[i, other], cost[row, other]
+                if c2 < c or (c2 == c and (e2 > e or (e2 == e and other < j))):
+                    break
+                order[b] = other
+                b -= 1
+            order[b] = j
+        j = order[0]
+        e, c = estimate[i, j], cost[row, j]
+        highest = e
+        for k in range(t):
+            best[k] = e - weights[k] * c
+            which[k] = j
+        for a in range(1, m):
+            j = order[a]
+            e, c = estimate[i, j], cost[row, j]
+            if e <= highest:
+                continue
+            highest = e
             for k in range(t):
                 value = e - weights[k] * c
-                tie = (value == best[k]) & ((c < paid[k]) | ((c == paid[k]) & (e > worth[k])))
-                better = (value > best[k]) | tie
+                better = value > best[k]
                 best[k] = value if better else best[k]
-                paid[k] = c if better else paid[k]
-                worth[k] = e if better else worth[k]
                 which[k] = j if better else which[k]
         for k in range(t):
             chosen[i, k] = which[k]
 
 
-def _tally(chosen: np.ndarray, quality: np.ndarray, cost: np.ndarray, sums: np.ndarray, calls: np.ndarray) -> None:
-    """Adds one block's quality and cost to `sums` (2, T) and its calls to `calls` (T, M)."""
-    n, t = chosen.shape
-    part = np.zeros((2, t))  # block sums first, so that rounding does not grow with the number of prompts
-    for i in range(n):
-        for k in range(t):
-            j = chosen[i, k]
-            part[0, k] += quality[i, j]
-            part[1, k] += cost[i, j]
-            calls[k, j] += 1
-    for k in range(t):
-        sums[0, k] += part[0, k]
-        sums[1, k] += part[1, k]
+# ---- scores and bootstrap of a sweep -------------------------------------------------------------------------------
 
 
-def _tally_numpy(chosen: np.ndarray, quality: np.ndarray, cost: np.ndarray, sums: np.ndarray,
-                 calls: np.ndarray) -> None:
-    sums[0] += np.take_along_axis(quality, chosen, axis=1).sum(axis=0, dtype=float)
-    sums[1] += np.take_along_axis(cost, chosen, axis=1).sum(axis=0, dtype=float)
-    for k in range(chosen.shape[1]):
-        calls[k] += np.bincount(chosen[:, k], minlength=calls.shape[1])
+class _Walk:
+    """Turns blocks of decisions into what changes from one setting to the next, and keeps the running totals.
 
-
-# ---- the bootstrap of a sweep --------------------------------------------------------------------------------------
-
-
-def _changes(chosen: np.ndarray, quality: np.ndarray,
-             cost: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What changes from one setting to the next, for one block of prompts, ordered by setting.
-
-    Returns (first (T + 1,), row (C,), quality change (C,), cost change (C,), where first[k]:first[k + 1] are the
-    changes at setting k; everything is a change at setting 0.
+    Quality and cost are rounded to a grid on which all their sums are whole numbers (see `stats`).
     """
+
+    def __init__(self, quality: np.ndarray, cost: np.ndarray, weights: np.ndarray):
+        self.quality, self.cost = quality, cost
+        n, m = quality.shape
+        t = len(weights)
+        self.compiled = n * m * t > SMALL_SWEEP
+        largest = np.array([np.abs(quality).max(), np.abs(cost).max()], dtype=float)
+        if not np.isfinite(largest).all():
+            raise UserError("the recorded quality or cost holds nan or inf; score only prompts with complete outcomes")
+        self.scale = np.ldexp(1.0, np.clip(50 - np.frexp(n * np.maximum(largest, 1e-300))[1], -1000, 1000))
+        self.totals, self.calls = np.zeros((2, t)), np.zeros((t, m), np.int64)
+
+    def changes(self, start: int, stop: int, chosen: np.ndarray) -> tuple[np.ndarray, ...]:
+        """(first (T + 1,), row (C,), quality change (C,), cost change (C,)) of one block, ordered by setting.
+
+        first[k]:first[k + 1] are the changes at setting k; at setting 0 everything is a change.
+        """
+        quality = np.ascontiguousarray(self.quality[start:stop], dtype=float)
+        cost = np.ascontiguousarray(self.cost[start:stop], dtype=float)
+        find = compiled(_changes) if self.compiled else _changes_numpy
+        return find(chosen, quality, cost, self.scale, self.totals, self.calls)
+
+    def scores(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Mean quality (T,), mean cost (T,) and share of calls (T, M)."""
+        quality, cost = np.cumsum(self.totals, axis=1) / (self.scale[:, None] * len(self.quality))
+        return quality, cost, np.cumsum(self.calls, axis=0) / len(self.quality)
+
+
+def _changes(chosen: np.ndarray, quality: np.ndarray, cost: np.ndarray, scale: np.ndarray, totals: np.ndarray,
+             calls: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """See `_Walk.changes`; adds to `totals` (2, T) and `calls` (T, M). Run through `compiled`."""
     n, t = chosen.shape
+    first = np.zeros(t + 1, np.int64)
+    first[1] = n
+    for i in range(n):
+        for k in range(1, t):
+            if chosen[i, k] != chosen[i, k - 1]:
+                first[k + 1] += 1
+    for k in range(t):
+        first[k + 1] += first[k]
+    size = first[t]
+    row, dq, dc = np.empty(size, np.int64), np.empty(size), np.empty(size)
+    place = first[:t].copy()
+    for i in range(n):
+        before = -1
+        q0, c0 = 0.0, 0.0
+        for k in range(t):
+            now = chosen[i, k]
+            if now == before:
+                continue
+            q, c = np.rint(quality[i, now] * scale[0]), np.rint(cost[i, now] * scale[1])
+            at = place[k]
+            place[k] = at + 1
+            row[at] = i
+            dq[at] = q - q0
+            dc[at] = c - c0
+            totals[0, k] += q - q0
+            totals[1, k] += c - c0
+            calls[k, now] += 1
+            if before >= 0:
+                calls[k, before] -= 1
+            before, q0, c0 = now, q, c
+    return first, row, dq, dc
+
+
+def _changes_numpy(chosen: np.ndarray, quality: np.ndarray, cost: np.ndarray, scale: np.ndarray, totals: np.ndarray,
+                   calls: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    n, t = chosen.shape
+    m = calls.shape[1]
+    turned = np.ascontiguousarray(chosen.T).astype(np.int64)
     changed = np.ones((t, n), bool)
-    turned = np.ascontiguousarray(chosen.T)
     np.not_equal(turned[1:], turned[:-1], out=changed[1:])
-    flat = np.flatnonzero(changed)
-    setting, row = np.divmod(flat, n)
-    now = turned.reshape(-1)[flat]
-    dq, dc = quality[row, now], cost[row, now]
-    later = flat >= n
-    before = turned.reshape(-1)[flat[later] - n]
-    dq[later] -= quality[row[later], before]
-    dc[later] -= cost[row[later], before]
-    return np.searchsorted(setting, np.arange(t + 1)), row, dq, dc
+    setting, row = np.nonzero(changed)
+    later = setting > 0
+    now, before = turned[setting, row], turned[setting[later] - 1, row[later]]
+    calls += np.bincount(setting * m + now, minlength=t * m).reshape(t, m)
+    calls -= np.bincount(setting[later] * m + before, minlength=t * m).reshape(t, m)
+    moves = []
+    for k, values in enumerate((quality, cost)):
+        whole = np.rint(values * scale[k])
+        move = whole[row, now]
+        move[later] -= whole[row[later], before]
+        totals[k] += np.bincount(setting, weights=move, minlength=t)
+        moves.append(move)
+    return np.searchsorted(setting, np.arange(t + 1)), row, moves[0], moves[1]
 
 
 def _weigh_changes(counts: np.ndarray, first: np.ndarray, row: np.ndarray, dq: np.ndarray, dc: np.ndarray,

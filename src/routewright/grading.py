@@ -3,7 +3,7 @@ r"""Grading: how good is a response, given the reference answer? One function pe
     squad_em, squad_f1  the official SQuAD v1.1 rule: lower case, punctuation and articles out, best of the references
     number              the final number of a worked answer (GSM8K and kin), compared as exact fractions
     choice              the letter A-J of a multiple-choice answer
-    math                LaTeX answers, compared by math-verify inside a child process that is killed when it takes too long
+    math                LaTeX answers, compared by math-verify in a child process that is killed when it takes too long
     exact               equal texts after trimming
     korquad_char        character F1 after KorQuAD v1.0; only to reproduce figures published with it
 
@@ -70,7 +70,8 @@ def _references(reference: Any, grader: str) -> list[str]:
     texts = []
     for item in listed:
         if isinstance(item, bool) or not isinstance(item, (str, int, float)) or not str(item).strip():
-            raise UserError(f"grader {grader!r} needs a reference answer (a text, a number or a list of them); got {reference!r}")
+            raise UserError(f"grader {grader!r} needs a reference answer (a text, a number or a list of them); "
+                            f"got {reference!r}")
         texts.append(str(item))
     if not texts:
         raise UserError(f"grader {grader!r} needs a reference answer; the list is empty")
@@ -131,8 +132,8 @@ def exact(response: str, references: list[str]) -> Grade:
 # ---------------------------------------------------------------- where the final answer stands
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_ANSWER = re.compile(r"(?:####|\b(?:answer|result)(?:\s+(?:is|was|would\s+be|equals)\b|\s*[:=])(?:\s*[:=])?)",
-                     re.IGNORECASE)
+_ANSWER = re.compile(r"(?:####|<answer>|\b(?:answer|result)[\"'*_]{0,3}(?:\s+(?:is|was|would\s+be|equals)\b|\s*[:=])"
+                     r"(?:\s*[:=])?)", re.IGNORECASE)
 
 
 def last_boxed(text: str) -> str | None:
@@ -169,32 +170,38 @@ def _closing(text: str, start: int) -> int:
 
 
 def _after_marker(text: str) -> str | None:
-    """What follows the last 'answer is', 'answer:' or '####' on its line, or on the next line if that is empty."""
+    """What follows the last 'answer is', 'answer:' or '####': the rest of its line, or the next that is not empty."""
     found = None
     for found in _ANSWER.finditer(text):
         pass
     if found is None:
         return None
     lines = [line for line in text[found.end():].split("\n") if line.strip(" *_`$:\t\r")]
-    return lines[0] if lines else ""
+    return lines[0].split("</answer>")[0] if lines else ""
 
 
 # ---------------------------------------------------------------- number
 
 _SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _PLAIN = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
-_WRAPPER = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathit|operatorname|mbox|displaystyle|left|right|bf|rm)\b\s*")
-_FRACTION = re.compile(rf"\\[dtc]?frac\s*\{{\s*([-+]?{_PLAIN})\s*\}}\s*\{{\s*([-+]?{_PLAIN})\s*\}}|\\[dtc]?frac\s*(\d)\s*(\d)")
+_WRAPPER = re.compile(r"\\(?:text(?:bf|it)?|math(?:rm|bf|it)|operatorname|mbox|displaystyle|left|right|bf|rm)\b\s*")
+_FRACTION = re.compile(rf"\\[dtc]?frac\s*\{{\s*([-+]?{_PLAIN})\s*\}}\s*\{{\s*([-+]?{_PLAIN})\s*\}}"
+                       r"|\\[dtc]?frac\s*(\d)\s*(\d)")
 _POWER = re.compile(rf"^({_PLAIN})?\s*(?:\\times|\\cdot|[*x\u00d7])?\s*10\s*\^\s*\{{?\s*([-+]?\d{{1,3}})\s*\}}?")
 _VALUE = re.compile(rf"^({_PLAIN})(?:[eE]([-+]?\d{{1,3}})(?![\w.]))?(?:\s+(\d+)\s*/\s*(\d+)|\s*/\s*({_PLAIN}))?")
-_UNIT = re.compile(r"^[A-Za-z\u00b0\u00b2\u00b3\u20ac\u00a3\u00a5'/.\- ]{0,40}(?:(?<=[A-Za-z])\s?\^\s*\{?[23]\}?)?[ .]*$")
+_UNIT = re.compile(r"^[A-Za-z\u00b0\u00b2\u00b3\u20ac\u00a3\u00a5'/.\- ]{0,40}"
+                   r"(?:(?<=[A-Za-z])\s?\^\s*\{?[23]\}?)?[ .]*$")
 _NOT_UNITS = frozenset("or and not to minus plus times over divided than less more e i x y pi".split())
 _SYMBOL = re.compile(r"^[A-Za-z][A-Za-z ]{0,20}(?:_\{?\w{1,10}\}?)?\s*=(?!=)")
 _IN_TEXT = re.compile(
     r"(?<![\w.,/^])(?:[-+\u2212]\s?)?[$\u20ac\u00a3]?\s?(?:[-+\u2212]\s?)?"
     rf"(?:\\[dtc]?frac\s*\{{[^{{}}]{{1,40}}\}}\s*\{{[^{{}}]{{1,40}}\}}|{_PLAIN})"
-    r"(?:[eE][-+]?\d{1,3}(?![\w.])|\s+\d{1,9}\s*/\s*\d{1,9}|\s*/\s*\d+(?:,\d+)*(?:\.\d+)?)?\s*(?:\\?%|percent\b)?(?:\s*(?:"
+    r"(?:[eE][-+]?\d{1,3}(?![\w.])|\s+\d{1,9}\s*/\s*\d{1,9}|\s*/\s*\d+(?:,\d+)*(?:\.\d+)?)?"
+    r"\s*(?:\\?%|percent\b)?(?:\s*(?:"
     + "|".join(_SCALES) + r")\b)?", re.IGNORECASE)
+_BETWEEN = re.compile(r"\s*[;|/]\s*|,\s+|\s+(?:or|and)\s+|\s+")
+_BARE = re.compile(r"[-+]?\$?\d[\d.,%]*")
+_OR_BEFORE = re.compile(r"\d[\s*$)]*\bor\b[\s*$(]*$", re.IGNORECASE)
 _SECOND = re.compile(r"^\s*(?:,|or|and|/|;|to|-)\s*[$\u20ac\u00a3]?\s?[-+]?\d")
 
 
@@ -202,8 +209,8 @@ def read_number(text: str) -> Fraction | None:
     r"""The value of a text that is one number and nothing else but decoration; None otherwise.
 
     Reads signs, thousands separators, decimals, exponents (1e3, 2 \times 10^3), fractions (3/4, \frac{3}{4}, 1 1/2),
-    percent (divides by 100), currency signs, scale words (3 million), one unit after the number (12 cm^2, 18 dollars) and
-    `x = ` before it. Refuses anything with an operator, two numbers, or more than 60 digits.
+    percent (divides by 100), currency signs, scale words (3 million), one unit after the number (12 cm^2, 18 dollars)
+    and `x = ` before it. Refuses anything with an operator, two numbers, or more than 60 digits.
     """
     text = _undress(text)
     text = _SYMBOL.sub("", text).strip()
@@ -322,7 +329,13 @@ def final_number(response: str) -> Fraction | None:
     last = None
     for last in _IN_TEXT.finditer(response):
         pass
-    return read_number(last[0].strip()) if last else None
+    # "41 or 42" and a bare list of numbers are guesses. (1 1/2 looks like a list too, and is read first.)
+    if last is None or _OR_BEFORE.search(response[max(0, last.start() - 20):last.start()]):
+        return None
+    parts = _BETWEEN.split(response.strip(" \n.$")) if len(response) < 1000 else []
+    if len(parts) > 1 and all(_BARE.fullmatch(part) for part in parts):
+        return read_number(response)
+    return read_number(last[0].strip())
 
 
 def number(response: str, references: list[str]) -> Grade:
@@ -337,13 +350,15 @@ def _gold_number(text: str) -> Fraction:
     if value is None and (_BOX.search(text) or _ANSWER.search(text)):
         value = final_number(text)  # a worked solution as GSM8K publishes it: ... #### 18
     if value is None:
-        raise UserError(f"grader 'number' cannot read the reference {text[:60]!r} as a number; use the grader math or exact")
+        raise UserError(f"grader 'number' cannot read the reference {text[:60]!r} as a number; "
+                        "use the grader math or exact")
     return value
 
 
 # ---------------------------------------------------------------- choice
 
-_LETTER = re.compile(r"[\s(\[{*_\"'`$]*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*(?:option|choice)?[\s(\[{*_\"'`$]*([A-J])"
+_LETTER = re.compile(r"[\s(\[{*_\"'`$]*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*(?:option|choice)?"
+                     r"[\s(\[{*_\"'`$]*([A-J])"
                      r"(?P<rest>[\s)\]}*_\"'`$.:,;!-].*)?$", re.DOTALL | re.IGNORECASE)
 _ALONE = re.compile(r"[\s(\[{*_\"'`$]*([A-Ja-j])[\s)\]}*_\"'`$.:]*")
 _BRACKETED = re.compile(r"[(\[]\s*([A-J])\s*[)\]]")
@@ -436,8 +451,15 @@ def math(response: str, references: list[str]) -> Grade:
     The answer must be a value: `x = 42` is read as 42, `41 = 42` is refused. Powers and factorials that no reference
     answer needs are refused unread; whatever else takes more than MATH_SECONDS counts as wrong.
     """
+    golds = [_gold_expression(gold) for gold in references]
     found = final_expression(response)
-    return _yes_no("math", found is not None and any(_same_value(found, _gold_expression(gold)) for gold in references))
+    if not _BOX.search(response) and not _DOLLARS.search(response):
+        # Prose without a formula: where the reference is a plain number, its last number is the answer.
+        values = [read_number(gold) for gold in golds]
+        number_found = final_number(response) if any(value is not None for value in values) else None
+        if number_found is not None and number_found in values:
+            return _yes_no("math", True)
+    return _yes_no("math", found is not None and any(_same_value(found, gold) for gold in golds))
 
 
 def _gold_expression(text: str) -> str:
@@ -501,7 +523,8 @@ class _MathChild:
                                         stderr=subprocess.DEVNULL)
         if self._line(120.0) != b"ready\n":
             self.stop()
-            raise MissingSetup("grader 'math' could not start math-verify; install it with: pip install -r requirements.txt")
+            raise MissingSetup("grader 'math' could not start math-verify; "
+                               "install it with: pip install -r requirements.txt")
 
     def _line(self, seconds: float) -> bytes:
         handle, line, end = self.process.stdout.fileno(), b"", time.monotonic() + seconds

@@ -4,10 +4,10 @@
     read_routellm  the CSV folder RouteLLM publishes (routellm/evals), decontaminated by its own lists
     read_table     any CSV or JSON lines, by a mapping of columns
 
-Each gives plain `Outcome`s; `finish` checks that every model answered every prompt, ties near-duplicates into groups and
-assigns splits; `write_cache` leaves outcomes.jsonl.gz, pool.yaml and provenance.json. What nobody recorded is estimated
-and marked: tokens = characters / 4 (`pool.estimate_tokens`), and an answer of which not even the length is known
-counts one output token.
+Each gives plain `Outcome`s; `finish` checks that every model answered every prompt, ties near-duplicates into groups
+and assigns splits; `write_cache` leaves outcomes.jsonl.gz, pool.yaml and provenance.json. What nobody recorded is
+estimated and marked: tokens = characters / 4 (`pool.estimate_tokens`), and an answer of which not even the length is
+known counts one output token.
 """
 
 from __future__ import annotations
@@ -45,16 +45,15 @@ class Notes:
     dropped: list[dict[str, Any]] = field(default_factory=list)
     ignored_fields: Counter = field(default_factory=Counter)
     sources: list[dict[str, Any]] = field(default_factory=list)
-    unknown_length: set[tuple[str,
-                              str]] = field(default_factory=set)  # (prompt_id, model) of answers without any length
+    unknown_length: set[tuple[str, str]] = field(default_factory=set)  # (prompt_id, model): not even a length recorded
     prompts_without_text: int = 0
 
     def bad(self, error: UserError) -> None:
         """Count a damaged row, or raise when there are more than allowed."""
         self.bad_rows.append(str(error))
         if len(self.bad_rows) > self.skip_bad:
-            more = f" (after {self.skip_bad} skipped)" if self.skip_bad else "; --skip_bad N passes over up to N such rows"
-            raise UserError(f"{error}{more}")
+            raise UserError(f"{error} (after {self.skip_bad} skipped)" if self.skip_bad else
+                            f"{error}; --skip_bad N passes over up to N such rows")
 
     def drop(self, what: str, count: int, why: str) -> None:
         if count:
@@ -116,7 +115,8 @@ def _csv_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
         except csv.Error as error:
             raise UserError(f"{path}:{start}: not CSV ({error}); the record that starts here is damaged") from None
         except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{start}: not valid UTF-8 ({error.reason} at byte {error.start}); re-save as UTF-8") from None
+            raise UserError(f"{path}:{start}: not valid UTF-8 ({error.reason} at byte {error.start}); "
+                            "re-save the file as UTF-8") from None
 
 
 def _is_csv(path: Path) -> bool:
@@ -180,16 +180,15 @@ def _reference(value: Any) -> Any:
 # ---------------------------------------------------------------- wide rows
 
 _WIDE = ("id", "source", "task", "subject", "split", "prompt", "question", "options", "reference", "outcomes", "group",
-         "para",
-         "context", "context_chars")
+         "para", "context", "context_chars")
 _WIDE_OUTCOME = ("score", "cost_usd", "tok_in", "tok_out", "latency_ms", "answer", "pred", "response", "out_chars")
 
 
 def read_wide(path: str | Path, notes: Notes, quality: str = "score", without_text: str = "error") -> list[Outcome]:
     """One row a prompt: {id, prompt | question [+ options], reference, task, outcomes: {model: {score, ...}}}.
 
-    `quality` names the number of an outcome that becomes its quality (score, or f1 where one is recorded). The prompt is
-    the core question where the row has one, and the exact text sent else; input tokens are counted on the exact text.
+    `quality` names the number of an outcome that becomes its quality (score, or f1 where one is recorded). The prompt
+    is the core question where the row has one, else the exact text sent; input tokens are counted on the exact text.
     A row without either is an error, or with without_text="use_id" stands under its id (controls that read no
     text still work on it). `para` or `group` ties rows into one group.
     """
@@ -203,7 +202,8 @@ def read_wide(path: str | Path, notes: Notes, quality: str = "score", without_te
         try:
             outcomes = _wide_row(row, where, notes, quality, without_text)
             if outcomes[0].prompt_id in ids:
-                raise UserError(f"{where}: id {row['id']!r} stands on line {ids[outcomes[0].prompt_id]} too; ids must be unique")
+                raise UserError(f"{where}: id {row['id']!r} stands on line {ids[outcomes[0].prompt_id]} too; "
+                                "ids must be unique")
         except UserError as error:
             notes.bad(error)
             continue
@@ -211,7 +211,8 @@ def read_wide(path: str | Path, notes: Notes, quality: str = "score", without_te
         found.extend(outcomes)
     if notes.prompts_without_text and without_text == "error":
         raise UserError(f"{path}: {notes.prompts_without_text} of {rows} rows have neither prompt nor question; "
-                        "--without_text use_id imports them under their ids (no router that reads text will work on them)")
+                        "--without_text use_id imports them under their ids "
+                        "(no router that reads text will work on them)")
     notes.add_source(path, rows)
     return found
 
@@ -285,7 +286,7 @@ def _split(value: Any, where: str) -> str:
 # ---------------------------------------------------------------- RouteLLM
 
 def read_routellm(folder: str | Path, notes: Notes, keep_contaminated: bool = False) -> list[Outcome]:
-    """The published evaluation folder: gsm8k/gsm8k_responses.csv and mmlu/responses/mmlu_SUBJECT.csv, or one of the two.
+    """The published folder: gsm8k/gsm8k_responses.csv and mmlu/responses/mmlu_SUBJECT.csv, or one of the two.
 
     Prompts that stand in a contaminated_prompts.jsonl beside them are dropped, as the origin does, unless
     `keep_contaminated`. GSM8K carries the responses; of MMLU only right or wrong is published, so an answer counts one
@@ -344,7 +345,8 @@ def drop_contaminated(outcomes: Sequence[Outcome], path: str | Path, notes: Note
     texts = read_contaminated(path)
     gone = {o.prompt_id for o in outcomes if o.prompt in texts}
     if not gone:
-        raise UserError(f"{path}: none of its {len(texts)} prompts is among those imported; is it the list of another data set?")
+        raise UserError(f"{path}: none of its {len(texts)} prompts is among those imported; "
+                        "is it the list of another data set?")
     notes.drop("prompts", len(gone), f"listed in {path}")
     return [o for o in outcomes if o.prompt_id not in gone]
 
@@ -365,17 +367,15 @@ def _routellm_row(row: dict[str, str], where: str, notes: Notes, task: str, subj
             prompt_id=prompt_id, prompt=prompt, model_name=name,
             response=response or "", is_correct=worth >= 1, quality=worth, grader="recorded",
             task="/".join(filter(None, (task, subject))),
-            token_usage=_usage(notes, (prompt_id, name), len(prompt), None if not response else len(response), None,
-                               None)))
+            token_usage=_usage(notes, (prompt_id, name), len(prompt), len(response) if response else None, None, None)))
     return outcomes
 
 
 # ---------------------------------------------------------------- any table
 
 COLUMNS = ("prompt", "model", "quality", "response", "prompt_id", "task", "group", "split", "context", "reference",
-           "sample",
-           "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "output_characters", "cost_usd",
-           "latency_s")
+           "sample", "input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "output_characters",
+           "cost_usd", "latency_s")
 _PER_PROMPT = ("prompt", "prompt_id", "task", "group", "split", "context", "reference", "sample")
 
 
@@ -383,10 +383,10 @@ def read_table(path: str | Path, notes: Notes, columns: Mapping[str, str], model
                quality_max: float = 1.0, grader: str = "", task: str = "") -> list[Outcome]:
     """CSV or JSON lines whose columns are named by `columns`: ours -> theirs, ours being one of COLUMNS.
 
-    Long form, one row a call: {prompt: question, model: llm, quality: score}. Wide form, one row a prompt: `{model}` in a
-    column's name stands for each model: {prompt: question, quality: "{model}", response: "{model}_response"}; the models
-    are then `models`. Without a quality column, `grader` grades response against reference. An empty quality cell
-    is an answer that was not recorded (see --missing). Raises UserError for a column the file lacks.
+    Long form, one row a call: {prompt: question, model: llm, quality: score}. Wide form, one row a prompt: `{model}` in
+    a column's name stands for each of `models`: {prompt: question, quality: "{model}", response: "{model}_response"}.
+    Without a quality column, `grader` grades response against reference. An empty quality cell is an answer that was
+    not recorded (see --missing). Raises UserError for a column the file lacks.
     """
     path = need_file(path)
     columns = dict(columns)
@@ -401,7 +401,8 @@ def read_table(path: str | Path, notes: Notes, columns: Mapping[str, str], model
             absent = [name for name in expected if name not in row]
             # JSON lines may leave out what is empty; only the first row and the prompt must be whole.
             if absent and (rows == 1 or columns["prompt"] in absent):
-                raise UserError(f"{path}:{1 if _is_csv(path) else line}: no column {absent[0]!r}{nearest(absent[0], row)}; "
+                where = f"{path}:{1 if _is_csv(path) else line}"
+                raise UserError(f"{where}: no column {absent[0]!r}{nearest(absent[0], row)}; "
                                 f"it has: {', '.join(row)}")
         where = f"{path}:{line}"
         try:
@@ -431,12 +432,12 @@ def _check_columns(columns: Mapping[str, str], models: Sequence[str] | None, gra
     if grader and grader not in GRADERS:
         raise UserError(f"--grader {grader!r} is unknown{nearest(grader, GRADERS)}; known: {', '.join(GRADERS)}")
     if "quality" not in columns and not (grader and "response" in columns and "reference" in columns):
-        raise UserError("--columns.quality is needed: which column holds the score? (or --grader with --columns.response and "
-                        "--columns.reference)")
+        raise UserError("--columns.quality is needed: which column holds the score? "
+                        "(or --grader with --columns.response and --columns.reference)")
     wide = any("{model}" in theirs for theirs in columns.values())
     if wide == ("model" in columns):
-        raise UserError("name the models one way: --columns.model COLUMN for one row a call, or {model} in the other columns "
-                        "for one row a prompt")
+        raise UserError("name the models one way: --columns.model COLUMN for one row a call, "
+                        "or {model} in the other columns for one row a prompt")
     if wide and not models:
         raise UserError("--models [a, b] is needed when columns contain {model}")
     return wide
@@ -468,7 +469,9 @@ def _table_outcome(row: Mapping[str, Any], columns: Mapping[str, str], model: st
         worth, correct = graded.quality, graded.correct
     given = {key: _count(cell(key), where, key)
              for key in ("input_tokens", "output_tokens", "reasoning_tokens", "cached_tokens", "output_characters")}
-    length = given["output_characters"] if given["output_characters"] is not None else len(response) if response else None
+    length = given["output_characters"]
+    if length is None and response:
+        length = len(response)
     prompt_id = text("prompt_id") or _id_of(prompt, context)
     return Outcome(
         prompt_id=prompt_id, prompt=prompt, model_name=name, response=response,
@@ -498,7 +501,8 @@ def finish(outcomes: Sequence[Outcome], pool: Pool, notes: Notes, models: Sequen
     recorded = list(dict.fromkeys(o.model_name for o in outcomes))
     for name in models or ():
         if name not in recorded:
-            raise UserError(f"--models: {name!r} was never recorded{nearest(name, recorded)}; recorded: {', '.join(recorded)}")
+            raise UserError(f"--models: {name!r} was never recorded{nearest(name, recorded)}; "
+                            f"recorded: {', '.join(recorded)}")
     kept = [name for name in recorded if not models or name in models]
     notes.drop("models", len(recorded) - len(kept), "not named by --models")
     for name in kept:
@@ -511,8 +515,8 @@ def finish(outcomes: Sequence[Outcome], pool: Pool, notes: Notes, models: Sequen
         place.setdefault(outcome.prompt_id, len(place))
         other = first.setdefault(outcome.prompt_id, outcome)
         if (other.prompt, other.context) != (outcome.prompt, outcome.context):
-            raise UserError(f"prompt_id {outcome.prompt_id!r} stands for two different prompts ({other.prompt[:40]!r} and "
-                            f"{outcome.prompt[:40]!r}); ids must be unique")
+            raise UserError(f"prompt_id {outcome.prompt_id!r} stands for two different prompts ({other.prompt[:40]!r} "
+                            f"and {outcome.prompt[:40]!r}); ids must be unique")
     named = dict(zip(first, _groups(list(first.values()), threshold), strict=True))
     if splits == "hash":
         chosen = dict(zip(first, assign_splits(list(named.values()), fractions, salt), strict=True))
@@ -527,10 +531,9 @@ def _complete(outcomes: list[Outcome], models: Sequence[str], missing: str, note
     """Only prompts that every model answered, or an error that counts what is missing."""
     answered: dict[str, set[str]] = defaultdict(set)
     for outcome in outcomes:
-        key = (outcome.prompt_id, outcome.sample)
         if outcome.sample == 0 and outcome.model_name in answered[outcome.prompt_id]:
-            raise UserError(f"model {outcome.model_name!r} answers prompt {outcome.prompt_id!r} twice (sample {key[1]}); number "
-                            "repeats with --columns.sample, or remove one")
+            raise UserError(f"model {outcome.model_name!r} answers prompt {outcome.prompt_id!r} twice (sample 0); "
+                            "number repeats with --columns.sample, or remove one")
         if outcome.sample == 0:
             answered[outcome.prompt_id].add(outcome.model_name)
     lacking = {name: sum(name not in have for have in answered.values()) for name in models}
@@ -542,8 +545,8 @@ def _complete(outcomes: list[Outcome], models: Sequence[str], missing: str, note
         worst = sorted(lacking.items(), key=lambda item: -item[1])
         raise UserError(f"{len(lacking)} of {len(models)} models lack answers to some of the {len(answered)} prompts ("
                         f"{', '.join(f'{name}: {n}' for name, n in worst[:5])}{', ...' if len(worst) > 5 else ''}); "
-                        f"--missing drop_prompt keeps the {len(whole)} prompts all models answered, --missing drop_model keeps the "
-                        f"{len(models) - len(lacking)} models that answered all prompts")
+                        f"--missing drop_prompt keeps the {len(whole)} prompts all models answered, "
+                        f"--missing drop_model keeps the {len(models) - len(lacking)} models that answered all prompts")
     if missing == "drop_prompt":
         notes.drop("prompts", len(answered) - len(whole), "not answered by every model")
         left = [o for o in outcomes if o.prompt_id in whole]
@@ -551,7 +554,8 @@ def _complete(outcomes: list[Outcome], models: Sequence[str], missing: str, note
         notes.drop(f"models {', '.join(lacking)}", len(lacking), "did not answer every prompt")
         left = [o for o in outcomes if o.model_name not in lacking]
     if not left:
-        raise UserError(f"--missing {missing} leaves nothing: {'no prompt' if missing == 'drop_prompt' else 'no model'} is complete")
+        what = "no prompt" if missing == "drop_prompt" else "no model"
+        raise UserError(f"--missing {missing} leaves nothing: {what} is complete")
     return left
 
 
@@ -578,8 +582,9 @@ def _check_straddle(groups: Mapping[str, str], splits: Mapping[str, str]) -> Non
     if straddling:
         key = straddling[0]
         other = seen[groups[key]]
-        raise UserError(f"the recorded splits leak: {len(straddling)} prompts have a near-duplicate in another split (first: {key!r} in "
-                        f"{splits[key] or 'no split'} and {other!r} in {splits[other] or 'no split'}); --splits hash assigns clean ones")
+        raise UserError(f"the recorded splits leak: {len(straddling)} prompts have a near-duplicate in another split "
+                        f"(first: {key!r} in {splits[key] or 'no split'} and {other!r} in {splits[other] or 'no split'}); "
+                        "--splits hash assigns clean ones")
 
 
 # ---------------------------------------------------------------- write
@@ -602,7 +607,7 @@ def provenance(outcomes: Sequence[Outcome], notes: Notes, **about: Any) -> dict[
 
 def write_cache(folder: str | Path, outcomes: Sequence[Outcome], pool_file: str | Path, about: Mapping[str, Any],
                 overwrite: bool = False) -> bool:
-    """Write the cache folder; False when it already holds exactly this. Raises UserError before replacing another cache."""
+    """Write the cache folder; False when it already holds exactly this. Raises UserError where another cache stands."""
     folder = Path(folder)
     file, prices = folder / CACHE_FILE, folder / "pool.yaml"
     pool_bytes = Path(pool_file).read_bytes()
@@ -630,9 +635,9 @@ def summary(outcomes: Iterable[Outcome], about: Mapping[str, Any]) -> str:
             worth[o.model_name].append(o.quality)
             best[o.prompt_id] = max(best[o.prompt_id], o.quality)
     width = max(len(name) for name in worth)
-    lines = [f"{about['prompts']:,} prompts in {about['groups']:,} groups, {len(worth)} models, {about['outcomes']:,} outcomes; "
-             + ", ".join(f"{name or 'no split'} {n:,}" for name,
-                         n in sorted(about["splits"].items(), key=lambda kv: -kv[1]))]
+    ordered = sorted(about["splits"].items(), key=lambda item: -item[1])
+    lines = [f"{about['prompts']:,} prompts in {about['groups']:,} groups, {len(worth)} models, "
+             f"{about['outcomes']:,} outcomes; " + ", ".join(f"{name or 'no split'} {n:,}" for name, n in ordered)]
     lines += [f"  dropped {entry['count']:,} {entry['what']}: {entry['why']}" for entry in about["dropped"]]
     if about["bad_rows_skipped"]:
         lines.append(f"  skipped {about['bad_rows_skipped']} damaged rows, the first: {about['bad_rows'][0]}")
@@ -640,6 +645,8 @@ def summary(outcomes: Iterable[Outcome], about: Mapping[str, Any]) -> str:
     lines.append(f"  {'best of all models':<{width}}  mean quality {sum(best.values()) / len(best):.4f}")
     if about["tokens_estimated"]:
         unknown = about["outcomes_of_unknown_length"]
-        lines.append(f"  tokens were not recorded for {about['outcomes_with_estimated_tokens']:,} outcomes: estimated from characters"
-                     + (f"; {unknown:,} of them count {LENGTH_OF_UNKNOWN} output token, as not even a length was recorded" if unknown else ""))
+        lines.append(f"  tokens were not recorded for {about['outcomes_with_estimated_tokens']:,} outcomes: "
+                     "estimated from characters")
+        if unknown:
+            lines[-1] += f"; {unknown:,} of them count {LENGTH_OF_UNKNOWN} output token, as not even a length was recorded"
     return "\n".join(lines)

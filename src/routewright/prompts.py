@@ -250,7 +250,8 @@ def assign_splits(groups: Sequence[str], fractions: Mapping[str, float] | None =
         raise UserError(f"split fractions must be numbers from 0 to 1 that sum to 1; got {fractions}")
     unknown = [name for name in fractions if name not in FRACTIONS]
     if unknown:
-        raise UserError(f"split {unknown[0]!r} is not one of {', '.join(FRACTIONS)}{nearest(str(unknown[0]), FRACTIONS)}")
+        close = nearest(str(unknown[0]), FRACTIONS)
+        raise UserError(f"split {unknown[0]!r} is not one of {', '.join(FRACTIONS)}{close}")
     names = [name for name in FRACTIONS if fractions.get(name, 0) > 0]  # one order, however the mapping was written
     edges = np.cumsum([fractions[name] for name in names])
     chosen: dict[str, str] = {}
@@ -365,8 +366,8 @@ def check_text(value: Any, where: str, name: str = "prompt") -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name} holds half of a surrogate pair at character {error.start}, which no model can be "
-                        "sent; remove it") from None
+        raise UserError(f"{where}: {name} holds half of a surrogate pair at character {error.start}, "
+                        "which no model can be sent; remove it") from None
     return value
 
 

@@ -55,6 +55,11 @@ def span(said: Mapping[str, Any] | None, form: Any, joint: str = " to ") -> str:
     return NONE if not said or said["lo"] is None else f"{form(said['lo'])}{joint}{form(said['hi'])}"
 
 
+def percent_range(said: Mapping[str, Any] | None, digits: int = 1) -> str:
+    """An interval of percentages with one sign of percent."""
+    return span(said, lambda v: f"{100 * v:.{digits}f}", "\u2013") + ("" if not said or said["lo"] is None else f"{THIN}%")
+
+
 def _level(results: Mapping[str, Any]) -> str:
     return f"{100 * results['level']:g}{THIN}% interval"
 
@@ -112,7 +117,7 @@ def _headline_none(results: Mapping[str, Any], routers: Mapping[str, Any]) -> di
     side = "above" if mix["value"] >= 0 else "below"
     judged = {"beats": "a real gain", "ties": "no difference that these prompts can show", "loses": "a real loss"}[mix["verdict"]]
     return {"text": f"No router reaches the quality of {best}, the best single model, for less money.",
-            "detail": f"At its balanced setting {name} answers {percent(point['quality']['value'])} right at "
+            "detail": f"At its balanced setting {name} reaches {percent(point['quality']['value'])} quality at "
                       f"{percent(point['cost_ratio']['value'], 0)} of the cost of {best}. That is {abs(100 * mix['value']):.1f} "
                       f"points {side} the best random mix of models at that cost ({_level(results)} {span(mix, points)}), {judged}.",
             "router": name, "tone": "mixed" if mix["verdict"] == "beats" else "bad"}
@@ -279,7 +284,7 @@ def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping
         routers={n: v for n, v in results["routers"].items() if not v["control"]},
         controls={n: v for n, v in results["routers"].items() if v["control"]},
         warnings=_warnings(results), methods=method_lines(results), reward_words=reward_words(results),
-        level=_level(results), span=span, points=points, percent=percent, percent0=lambda v: percent(v, 0), versus=_versus_names(results), specs=_for_script(dict(specs)),
+        level=_level(results), span=span, points=points, percent=percent, range=percent_range, versus=_versus_names(results), specs=_for_script(dict(specs)),
         has={name: name in specs for name in ("budget", "tasks")},
         themes=_for_script({"light": {**charts.theme(), "background": "transparent"}, "dark": charts.theme(dark=True)}),
         vega=charts.page_script().replace("</script", "<\\/script"))

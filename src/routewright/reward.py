@@ -41,7 +41,8 @@ class Reward:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise UserError(f"reward kind {self.kind!r} is not one of {', '.join(KINDS)}{nearest(str(self.kind), KINDS)}")
+            raise UserError(f"reward kind {self.kind!r} is not one of {', '.join(KINDS)}"
+                            f"{nearest(str(self.kind), KINDS)}")
         for entry in fields(self)[1:]:
             value = getattr(self, entry.name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)

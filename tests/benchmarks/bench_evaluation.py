@@ -9,7 +9,7 @@ drawn from a fixed seed. Compilation is done before the clock starts and printed
 evaluate   N prompts x 20 models x 101 cost weights, 1,000 paired resamples of quality and cost of every setting
            (`decide.sweep_intervals`). Beside it the **bare numpy pass**: for the same 101 settings one argmax over the
            same 20 columns of `estimate - weight * expected cost`, the gather of the chosen quality and cost, and their
-           means; no intervals, in blocks of 8,192 prompts, which is the quickest plain numpy found. Beside both, the
+           means; no intervals, in blocks of 1,024 prompts, which is the quickest plain numpy found. Beside both, the
            memory bound: one read of the same four float64 arrays.
 intervals  1,000-resample paired intervals of 20 routers, quality and cost (40 columns; `stats.Resampler.means`),
            against a numpy gather (`values[rng.integers(n, size=n)].mean(axis=0)`, few resamples timed, scaled up) and,
@@ -19,8 +19,8 @@ curve      threshold curve of a two-model pool with 0/1 outcomes, 101 thresholds
 loop       RouteLLM's way (10 random-router repetitions x 11 thresholds over 14,037 rows, Python `sum` over the answers
            and `Counter` over an array of model names, as its benchmarks do) against `metrics.compat.routellm` on the
            same scores, and against all 14,038 thresholds (`threshold_curve`).
-agree      interval end points of all methods on the same data, within 3 Monte-Carlo standard errors of each other (a wider bound for
-           the largest of many end points: the normal quantile at the same overall risk).
+agree      interval end points of all methods on the same data, within 3 Monte-Carlo standard errors of each other
+           (a wider bound for the largest of many end points: the normal quantile at the same overall risk).
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def interleave(rounds: int, **runs: Callable[[], None]) -> dict[str, float]:
     return {name: statistics.median(found) for name, found in times.items()}
 
 
-def bare_numpy_pass(estimate, expected, quality, cost, weights, block: int = 8192) -> tuple[np.ndarray, np.ndarray]:
+def bare_numpy_pass(estimate, expected, quality, cost, weights, block: int = 1024) -> tuple[np.ndarray, np.ndarray]:
     """Mean quality and cost of each setting; see the module's docstring."""
     total = np.zeros((2, len(weights)))
     for start in range(0, len(estimate), block):
@@ -233,7 +233,7 @@ def part_agree(n: int = 4000, resamples: int = 4000) -> dict:
 
     A 2.5 % quantile of B normal draws has standard error sqrt(.025 * .975 / B) / density = 2.67 sd / sqrt(B). Over
     many end points the bound is Bonferroni-widened: the mean square must be near 1, and the largest below the normal
-    quantile.
+    quantile at the same overall risk as 3 for one.
     """
     from scipy.stats import bootstrap, norm
 
@@ -279,8 +279,11 @@ def main() -> None:
     sized = {"evaluate": part_evaluate, "intervals": part_intervals, "curve": part_curve}
     for part in given.part or PARTS:
         for n in sizes if part in sized else [0]:
-            results.append(sized[part](n, given.rounds) if n else part_loop(given.rounds) if part == "loop" else
-            part_agree()) show(results[-1])
+            if n:
+                results.append(sized[part](n, given.rounds))
+            else:
+                results.append(part_loop(given.rounds) if part == "loop" else part_agree())
+            show(results[-1])
     if given.out:
         Path(given.out).write_text("".join(json.dumps(row) + "\n" for row in results))
 

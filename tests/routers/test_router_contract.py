@@ -14,8 +14,9 @@ from conftest import make_table, minilm_folder, two_model_pool
 
 from routewright.errors import MissingSetup, UserError
 from routewright.metrics import auroc
+from routewright.prompts import text_hash
 from routewright.routers import ROUTER_KINDS, expand, from_entry, load_router, make_router, write_card
-from routewright.routers.base import read_card, router_class, text_hash
+from routewright.routers.base import read_card, router_class
 from routewright.schema import Prompt
 
 LEARNT = {"knn": {}, "linear": {}, "mf": {"epochs": 40}}

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from routewright.errors import UserError
+from routewright.prompts import full_text
 from routewright.schema import ModelSpec, Prompt
 from routewright.textfiles import nearest, write_atomic, write_json
 
@@ -58,7 +59,7 @@ log = logging.getLogger(__name__)
 
 def prompt_text(prompt: Prompt) -> str:
     """What a router reads of a prompt: the question, then its context (so that cutting at the end spares the question)."""
-    return f"{prompt.prompt}\n{prompt.context}" if prompt.context else prompt.prompt
+    return full_text(prompt)
 
 
 @dataclass(kw_only=True)
@@ -336,19 +337,12 @@ def write_card(folder: str | Path, *, kind: str, name: str, models: Sequence[str
 
 def prompt_hashes(prompts: Iterable[Prompt]) -> dict[str, Any]:
     """What router.json keeps of the train prompts: enough to find an overlap, too little to read them."""
-    from routewright.prompts import prompts_hash
+    from routewright.prompts import prompts_hash, text_hash
 
     prompts = list(prompts)
     ids = "\n".join(sorted(p.prompt_id for p in prompts))
     return {"train_prompts_hash": prompts_hash(prompts), "train_prompt_ids_hash": hashlib.sha256(ids.encode()).hexdigest(),
             "train_prompts": sorted({text_hash(p.prompt) for p in prompts})}
-
-
-def text_hash(text: str) -> str:
-    """12 hexadecimal digits of the normalised text: equal for exact duplicates."""
-    from routewright.prompts import normalise
-
-    return hashlib.sha256(normalise(text).encode()).hexdigest()[:12]
 
 
 def pool_card(pool: Pool | None) -> dict[str, Any] | None:
