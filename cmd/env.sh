@@ -9,7 +9,7 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then
     . "$ROOT/.venv/bin/activate"
 fi
 
-# One thread per process unless told otherwise: spinning OpenMP threads make a busy machine many times slower.
+# Waiting OpenMP threads sleep instead of spinning, which makes a busy machine many times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"
 # A restarted worker must not meet the store of the job before it.

@@ -50,7 +50,7 @@ def main(
         return
     recipes = _chosen(models, quick)
 
-    problems = samplepool.make_problems(f"cache/{seed}", prompts)
+    problems = samplepool.cache_problems(seed, prompts)
     asked = [problem.as_prompt(i) for i, problem in enumerate(problems)]
     groups = group_near_duplicates([p.prompt for p in asked])
     splits = assign_splits(groups, salt="sample")
@@ -59,7 +59,7 @@ def main(
                                            "split": p.split, "reference": p.reference} for p in asked))
     write_atomic(out / "pool.yaml", samplepool.POOL_YAML)
 
-    held_out = {p.prompt for p in asked}
+    held_out = {problem.text for problem in samplepool.reserved_problems(seed, prompts)}
     tokenizer = samplepool.build_tokenizer(samplepool.vocabulary_texts())
     for recipe in recipes:
         model, measured = samplepool.train(recipe, tokenizer, held_out, Path(work_dir) / f"{recipe.name}.pt",

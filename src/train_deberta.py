@@ -15,37 +15,43 @@ Departures from CoBench's script:
 
 One device:    ./cmd/run_train_deberta.sh                       (bare: the shipped sample rows)
                ./cmd/run_train_deberta.sh DATA VAL MODEL NUM_LABELS BATCH LR EPOCHS OUT
-               python src/train_deberta.py --cache data/sample --model_name tiny --learning_rate 1e-3 --epochs 8
-Many devices:  NUM_GPUS=4 ./cmd/run_train_deberta.sh ...        (torchrun; NUM_PROCESSES=2 does the same on a CPU, over gloo)
+               python src/train_deberta.py --cache data/sample --model_name tiny --epochs 8
+Many devices:  NUM_GPUS=4 ./cmd/run_train_deberta.sh ...        (torchrun)
+               NUM_PROCESSES=2 ./cmd/run_train_deberta.sh ...   (the same on a CPU, over gloo)
 
 Reads DATA and VAL, or `--cache`. Writes into OUT: the router folder (Hugging Face weights, router.json), the resumable
-checkpoints `checkpoint-<step>` with a name `checkpoint_epoch_<k>` for each epoch's end, train_log.jsonl, dev_scores.json
-and config.resolved.yaml. The default OUT stands under data/runs/, which git ignores.
+checkpoints `checkpoint-<step>` with a name `checkpoint_epoch_<k>` for each epoch's end, train_log.jsonl,
+dev_scores.json and config.resolved.yaml. CoBench's default OUT is `deberta_checkpoints`; here it stands under data/runs/,
+which git ignores. The same line again goes on where a stopped run was.
+
+MEASURED
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from routewright import router_data
-from routewright.errors import MissingSetup, UserError
+from routewright.base_models import Base, choose_precision, find_base, load_pretrained, median_rows
+from routewright.errors import UserError
 from routewright.launch import launch
+from routewright.router_data import Examples, Source
 from routewright.textfiles import nearest, write_json
 
-BASE_MODEL = "microsoft/deberta-v3-base"
-VALIDATION_SHARE = 0.1  # held out by group where no validation rows are given
-BF16_GAIN = 1.1  # a CPU must be this much faster in bf16 before `auto` takes it
-BF16_MIN_WIDTH = 256  # below this hidden size the casts cost more than the products save
-PROBE_SECONDS = 2.0
+LEARNING_RATE = 2e-5
+TINY_LEARNING_RATE = 1e-3  # weights that start from nothing want bigger steps
 OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
-         "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed", "bf16": "precision",
-         "fp16": "precision", "report_to": "wandb"}
+         "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
+         "bf16": "precision", "fp16": "precision", "report_to": "wandb"}
+
+Say = Callable[[str], None]
+Rows = list[dict[str, Any]]
 
 
 def main(
@@ -61,7 +67,9 @@ def main(
     skip_bad: int = 0,  # bad rows to pass over before stopping
     class_weights: Literal["none", "balanced"] = "none",  # balanced: rare classes weigh more in the loss
     # Model
-    model_name: str = "auto",  # folder or hub id; tiny: built from the data; auto: microsoft/deberta-v3-base, or tiny where its weights cannot be had
+    # folder or hub id; tiny: built from the data; auto: microsoft/deberta-v3-base, or tiny where its weights are
+    # neither on this machine nor to be had from the hub
+    model_name: str = "auto",
     max_length: int = 512,  # tokens kept of a row
     # Training
     batch_size: int = 16,  # rows per device and step
@@ -69,7 +77,8 @@ def main(
     learning_rate: float | None = None,  # peak, after 10 % warm-up, then linear to 0; none: 2e-5, and 1e-3 for tiny
     epochs: int = 3,
     patience: int = 2,  # epochs without a better validation loss before stopping; 0: never
-    precision: Literal["auto", "bf16", "fp32"] = "auto",  # auto: bf16 where the GPU has it, or where this CPU is measured faster
+    # auto: bf16 where the GPU has it, or where this CPU is measured to gain by it
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
     seed: int = 42,
     # Run
     wandb: bool = False,  # record to W&B, offline where there is no key
@@ -77,37 +86,41 @@ def main(
     trainer: dict | None = None,  # more settings under their transformers.TrainingArguments names
 ) -> None:
     speaks = os.environ.get("RANK", "0") == "0"
-    say = (lambda text: print(text, file=sys.stderr, flush=True)) if speaks else (lambda text: None)
-    trainer = check_options(locals())
-    train, dev, source = load_examples(data, val, cache, form, num_labels, skip_bad, say)
+    say: Say = (lambda text: print(text, file=sys.stderr, flush=True)) if speaks else (lambda text: None)
+    extra = check_options(locals())
+    out = Path(output_dir)
+
+    train, dev, source = router_data.load_examples(data, val, cache, form, num_labels, skip_bad, say)
     base = find_base(model_name, say)
-    learning_rate = learning_rate or (2e-5 if base.folder else 1e-3)
-    say(f"{len(train)} train and {len(dev)} validation rows, form {source.form}, base model {base.name}, learning rate {learning_rate:g}")
+    learning_rate = learning_rate or (LEARNING_RATE if base.folder else TINY_LEARNING_RATE)
+    say(f"{len(train)} train and {len(dev)} validation rows, form {source.form}, base model {base.name}, "
+        f"learning rate {learning_rate:g}")
     if check_only:
         return
 
+    from routewright import tracking
     from routewright.encoders import longest_input
     from routewright.trainer import guard_process
+
     guard_process()
     quiet_libraries()
-    out = Path(output_dir)
-    model, tokenizer = build_model(base, train, source, seed, out)
+    model, tokenizer = build_model(base, train, source, seed)
     longest = min(max_length, longest_input(model, tokenizer))
     train_rows, dev_rows = (encode(tokenizer, part, source, longest) for part in (train, dev))
-    bf16 = choose_precision(precision, model, train_rows, tokenizer, batch_size, out, say) == "bf16"
-    weights = loss_weights(class_weights, train, source)
-    arguments = training_arguments(output_dir=output_dir, batch_size=batch_size, global_batch_size=global_batch_size,
-                                   learning_rate=learning_rate, epochs=epochs, patience=patience, bf16=bf16, seed=seed,
-                                   rows=len(train_rows), extra=trainer)
+    probe = router_data.PadBatch(tokenizer.pad_token_id)(median_rows(train_rows, min(batch_size, 8)))
+    bf16 = choose_precision(precision, model, probe, out, say) == "bf16"
+    arguments = training_arguments(
+        output_dir=output_dir, batch_size=batch_size, global_batch_size=global_batch_size, learning_rate=learning_rate,
+        epochs=epochs, bf16=bf16, seed=seed, rows=len(train_rows), extra=extra)
+    method = {"form": source.form, "base_model": base.name, "max_length": max_length, "class_weights": class_weights,
+              "bf16": bf16, "models": list(source.models), "num_labels": source.num_labels}
 
-    from routewright import tracking
-    tracker = tracking.start("routewright", f"train_deberta-{out.name}", out, {"form": source.form, "base_model": base.name,
-                             "learning_rate": learning_rate, "epochs": epochs, "batch_size": batch_size, "rows": len(train)},
-                             mode="auto" if wandb else "off", job_type="train")
-    with tracker:
-        run = build_trainer(model, tokenizer, arguments, train_rows, dev_rows, train, source, weights, patience, tracker, say,
-                            config={"form": source.form, "base_model": base.name, "max_length": max_length, "class_weights": class_weights,
-                                    "bf16": bf16, "models": list(source.models), "num_labels": source.num_labels})
+    with tracking.start("routewright", f"train_deberta-{out.name}", out,
+                        {**method, "learning_rate": learning_rate, "epochs": epochs, "rows": len(train)},
+                        mode="auto" if wandb else "off", job_type="train") as tracker:
+        run = build_trainer(model, tokenizer, arguments, train, train_rows, dev_rows, source, method=method,
+                            weights=loss_weights(class_weights, train, source), patience=patience, tracker=tracker,
+                            say=say)
         run.run(resume="auto")
         scores = score_validation(run, dev_rows, source)
         if run.is_world_process_zero():
@@ -120,8 +133,9 @@ def main(
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
-    for name, least in (("num_labels", 1), ("skip_bad", 0), ("max_length", 8), ("batch_size", 1), ("global_batch_size", 0),
-                        ("epochs", 1), ("patience", 0)):
+    least_values = {"num_labels": 1, "skip_bad": 0, "max_length": 8, "batch_size": 1, "global_batch_size": 0, "epochs": 1,
+                    "patience": 0}
+    for name, least in least_values.items():
         if given[name] < least:
             raise UserError(f"--{name} must be {least} or more; got {given[name]}")
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:
@@ -149,10 +163,11 @@ def check_trainer_names(extra: dict[str, Any]) -> dict[str, Any]:
         if name in OWNED:
             raise UserError(f"--trainer.{name}: this script sets it; use --{OWNED[name]}")
         if name not in known:
-            raise UserError(f"--trainer.{name}: transformers.TrainingArguments has no such setting{nearest(name, known)}")
+            raise UserError(f"--trainer.{name}: transformers.TrainingArguments has no such setting"
+                            f"{nearest(name, known)}")
         default = known[name].default
-        wrong = type(default) in (bool, int, float) and (not isinstance(value, (int, float)) or isinstance(default, bool) != isinstance(value, bool))
-        if wrong:
+        number = isinstance(value, (int, float))
+        if type(default) in (bool, int, float) and (not number or isinstance(default, bool) != isinstance(value, bool)):
             raise UserError(f"--trainer.{name}: {value!r} is no {type(default).__name__} (its default is {default!r})")
     return extra
 
@@ -167,7 +182,7 @@ def quiet_libraries() -> None:
     for name in ("bitsandbytes", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, imported by accelerate, warns that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, imported by accelerate, warns of a missing GPU
     with contextlib.redirect_stdout(io.StringIO()):
         import transformers.trainer  # noqa: F401 - it prints a line about W&B on import
     from transformers.utils import logging as hf_logging
@@ -175,169 +190,18 @@ def quiet_libraries() -> None:
     hf_logging.set_verbosity_error()
 
 
-# --- data -------------------------------------------------------------------------------------------------------------
-
-@dataclass
-class Examples:
-    """Rows to train or validate on. `labels` is (N,) in pair form and (N, M) in pool form; `names` says where a row is from."""
-
-    questions: list[str]
-    llm_ids: list[str] | None
-    labels: np.ndarray
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.questions)
-
-
-@dataclass
-class Source:
-    """What the rows are: their form, the models, and the cache behind them where there is one."""
-
-    form: str
-    models: tuple[str, ...]
-    num_labels: int
-    table: Any = None  # the train split
-    dev_table: Any = None
-
-    @property
-    def pool(self) -> bool:
-        return self.form == "pool"
-
-
-def load_examples(data: str, val: str, cache: str, form: str, num_labels: int, skip_bad: int, say: Any) -> tuple[Examples, Examples, Source]:
-    """(train, validation, source), every row checked. Raises UserError naming file and line."""
-    if cache:
-        return load_cache(cache, "pool" if form == "auto" else form, num_labels, say)
-    pairs = router_data.read_pairs(data, num_labels, skip_bad)
-    if val:
-        held = router_data.read_pairs(val, num_labels, skip_bad)
-        check_apart(pairs, held)
-    else:
-        keep, out = router_data.hold_out(pairs.questions, VALIDATION_SHARE)
-        pairs, held = pairs.take(keep), pairs.take(out)
-    for message in dict.fromkeys([*pairs.skipped, *held.skipped]):
-        say(f"skipped: {message}")
-    for message in router_data.check_labels(pairs, num_labels):
-        say(f"warning: {message}")
-    models = tuple(dict.fromkeys(pairs.llm_ids))
-    strange = sorted(set(held.llm_ids) - set(models))
-    if strange:
-        say(f"warning: {held.source}: llm_id {strange[0]!r} never occurs in the training rows; its estimates are guesses")
-    source = Source("pair" if form == "auto" else form, models, num_labels)
-    return pair_examples(pairs), pair_examples(held), source
-
-
-def load_cache(cache: str, form: str, num_labels: int, say: Any) -> tuple[Examples, Examples, Source]:
-    from routewright.outcomes import OutcomeTable
-    from routewright.routers.base import prompt_text
-
-    table = OutcomeTable.load(cache)
-    if "train" not in table.splits:
-        raise UserError(f"{cache}: no prompt carries split \"train\" (found: {', '.join(map(str, table.splits)) or 'none'}); "
-                        "give the cache splits with build_cache.py or import_outcomes.py")
-    train = table.split("train")
-    if "dev" in table.splits:
-        dev = table.split("dev")
-    else:
-        say(f"warning: {cache} has no dev split; a tenth of its train prompts is held out for validation")
-        keep, out = router_data.hold_out([p.prompt for p in train.prompts], VALIDATION_SHARE,
-                                         [p.group or p.prompt_id for p in train.prompts])
-        train, dev = train.rows(keep), train.rows(out)
-    if form == "pool":
-        messages = router_data.check_soft_labels(train.quality_mean, train.models)
-        parts = [Examples([prompt_text(p) for p in t.prompts], None, t.quality_mean.astype(np.float64),
-                          [f"{cache} prompt {p.prompt_id}" for p in t.prompts]) for t in (train, dev)]
-        source = Source(form, tuple(train.models), train.m, train, dev)
-    else:
-        pairs = router_data.pairs_of_table(train)
-        messages = router_data.check_labels(pairs, num_labels)
-        parts = [pair_examples(pairs), pair_examples(router_data.pairs_of_table(dev))]
-        source = Source(form, tuple(train.models), num_labels, train, dev)
-    for message in messages:
-        say(f"warning: {message}")
-    return parts[0], parts[1], source
-
-
-def pair_examples(pairs: router_data.PairData) -> Examples:
-    return Examples(pairs.questions, pairs.llm_ids, pairs.labels, [f"{pairs.source}:{line}" for line in pairs.lines])
-
-
-def check_apart(train: router_data.PairData, held: router_data.PairData) -> None:
-    """Validation questions must be new: a question seen in training measures memory."""
-    from routewright.prompts import normalise
-
-    seen = {normalise(q): line for q, line in zip(train.questions, train.lines, strict=True)}
-    shared = [(line, seen[key]) for q, line in zip(held.questions, held.lines, strict=True) if (key := normalise(q)) in seen]
-    if shared:
-        raise UserError(f"{held.source}:{shared[0][0]}: this question is also in the training rows ({train.source}:{shared[0][1]}), as are "
-                        f"{len(shared) - 1} more; remove them, or leave VAL empty to hold rows out by group")
-
-
 # --- model ------------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Base:
-    """The base model: its name for router.json, and the folder of its weights (None: build tiny)."""
-
-    name: str
-    folder: Path | None
-
-
-def find_base(model_name: str, say: Any) -> Base:
-    """Where the weights are. Only `auto` falls back to tiny; a model asked for by name is found or the run stops."""
-    if model_name == "tiny":
-        return Base("tiny", None)
-    name = BASE_MODEL if model_name == "auto" else model_name
-    try:
-        return Base(name, fetch_weights(name))
-    except MissingSetup as error:
-        if model_name != "auto":
-            raise MissingSetup(f"{error}; or use --model_name tiny, which is built from your data") from None
-        say(f"WARNING: {error}.\nWARNING: going on with `tiny`, a small DeBERTa-v2 trained from nothing on your rows; it is no match for "
-            f"{BASE_MODEL}")
-        return Base("tiny", None)
-
-
-def fetch_weights(name: str) -> Path:
-    """The folder of weights: local, cached, or downloaded when the hub answers. Raises MissingSetup within seconds."""
-    from routewright.encoders import find_weights
-
-    try:
-        return find_weights(name)
-    except MissingSetup:
-        if Path(name).is_absolute() or os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on") or not hub_answers():
-            raise
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.model", "*.txt", "*.safetensors", "pytorch_model*.bin"]))
-    except Exception as error:  # noqa: BLE001 - gated, renamed, rate-limited: the cure is the same
-        raise MissingSetup(f"{name} could not be downloaded ({type(error).__name__}); try `hf download {name}`") from None
-
-
-def hub_answers(seconds: float = 2.0) -> bool:
-    """Whether the hub (or the proxy in front of it) takes a connection. The library itself would retry for a minute."""
-    import socket
-    from urllib.parse import urlsplit
-
-    proxy = os.environ.get("HTTPS_PROXY") or os.environ.get("https_proxy")
-    url = urlsplit(proxy or os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    try:
-        with socket.create_connection((url.hostname or "", url.port or 443), timeout=seconds):
-            return True
-    except OSError:
-        return False
-
-
-def build_model(base: Base, train: Examples, source: Source, seed: int, out: Path) -> tuple[Any, Any]:
+def build_model(base: Base, train: Examples, source: Source, seed: int) -> tuple[Any, Any]:
     """(model, tokenizer) in float32 with a fresh head; label names are the models in pool form."""
     from transformers import set_seed
 
     from routewright.tiny_deberta import build_tiny, check_tokenizer
     set_seed(seed)
     names = source.models if source.pool else [f"label_{k}" for k in range(source.num_labels)]
-    problem = "single_label_classification" if not source.pool and source.num_labels > 1 else "multi_label_classification"
-    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}, "problem_type": problem}
+    one_of = not source.pool and source.num_labels > 1
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)},
+              "problem_type": "single_label_classification" if one_of else "multi_label_classification"}
     if base.folder is None:
         texts = train.questions if train.llm_ids is None else [*train.questions, *dict.fromkeys(train.llm_ids)]
         model, tokenizer = build_tiny(texts, len(names), seed, **labels)
@@ -352,90 +216,10 @@ def build_model(base: Base, train: Examples, source: Source, seed: int, out: Pat
     return model, tokenizer
 
 
-def load_pretrained(folder: Path, labels: dict[str, Any]) -> tuple[Any, Any]:
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    from routewright.encoders import load_tokenizer
-    tokenizer = load_tokenizer(folder)
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        for name, value in labels.items():
-            setattr(config, name, value)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise MissingSetup(f"{folder}: the weights do not load as an encoder ({str(error).splitlines()[0][:200]}); fetch the whole folder again") from None
-    return model, tokenizer
-
-
-def encode(tokenizer: Any, part: Examples, source: Source, max_length: int) -> list[dict[str, Any]]:
+def encode(tokenizer: Any, part: Examples, source: Source, max_length: int) -> Rows:
+    """Token ids and labels, made once before the first step."""
     rows = router_data.encode(tokenizer, part.questions, part.llm_ids, max_length, compat=source.form == "pair_compat")
     return router_data.with_labels(rows, part.labels)
-
-
-# --- precision --------------------------------------------------------------------------------------------------------
-
-def choose_precision(asked: str, model: Any, rows: list[dict[str, Any]], tokenizer: Any, batch_size: int, out: Path, say: Any) -> str:
-    """"bf16" or "fp32". A measured choice is kept in the run folder, so that a resumed run does not choose anew."""
-    import torch
-
-    if asked != "auto":
-        return asked
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    if model.config.hidden_size < BF16_MIN_WIDTH:
-        return "fp32"
-    chosen = [None]
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1:
-        from datetime import timedelta
-
-        from accelerate import PartialState
-        PartialState(cpu=True, timeout=timedelta(seconds=600))
-    if os.environ.get("RANK", "0") == "0":
-        chosen = [probed_precision(model, rows, tokenizer, batch_size, out, say)]
-    if world > 1:
-        torch.distributed.broadcast_object_list(chosen)
-    return chosen[0]
-
-
-def probed_precision(model: Any, rows: list[dict[str, Any]], tokenizer: Any, batch_size: int, out: Path, say: Any) -> str:
-    import json
-
-    file = out / "precision.json"
-    if file.is_file() and any(out.glob("checkpoint-*")):
-        return json.loads(file.read_text())["precision"]
-    fp32, bf16 = time_precisions(model, rows, tokenizer, batch_size)
-    chosen = "bf16" if fp32 / bf16 > BF16_GAIN else "fp32"
-    say(f"precision: {chosen} (a step took {fp32:.2f} CPU seconds in fp32, {bf16:.2f} in bf16)")
-    write_json(file, {"precision": chosen, "fp32_seconds": round(fp32, 4), "bf16_seconds": round(bf16, 4)})
-    return chosen
-
-
-def time_precisions(model: Any, rows: list[dict[str, Any]], tokenizer: Any, batch_size: int) -> tuple[float, float]:
-    """CPU seconds of one forward and backward pass in (fp32, bf16) on rows of median length; model and RNG are left as found."""
-    import time
-
-    import torch
-    middle = sorted(rows, key=lambda r: len(r["input_ids"]))[len(rows) // 2:][:min(batch_size, 8)]
-    batch = router_data.PadBatch(tokenizer.pad_token_id)([{k: v for k, v in r.items() if k != "labels"} for r in middle])
-    best = {False: float("inf"), True: float("inf")}
-    state = torch.random.get_rng_state()
-    model.train()
-    end = time.perf_counter() + PROBE_SECONDS
-    for trial in range(6):
-        if trial >= 2 and time.perf_counter() > end:
-            break
-        for low in best:
-            start = time.process_time()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-                loss = model(**batch).logits.float().square().mean()
-            loss.backward()
-            best[low] = min(best[low], time.process_time() - start)
-    model.zero_grad(set_to_none=True)
-    torch.random.set_rng_state(state)
-    return best[False], best[True]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -449,47 +233,54 @@ def loss_weights(class_weights: str, train: Examples, source: Source) -> np.ndar
     return router_data.class_weights(train.labels, source.num_labels)
 
 
-def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: int, learning_rate: float, epochs: int, patience: int,
+def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: int, learning_rate: float, epochs: int,
                        bf16: bool, seed: int, rows: int, extra: dict[str, Any]) -> Any:
+    """TrainingArguments: CoBench's optimizer and schedule, the safety net's, then what the user put in `trainer`."""
     from transformers import TrainingArguments
 
     from routewright.trainer import safety_arguments
+
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation = max(1, global_batch_size // (batch_size * world))
     steps = -(-rows // (batch_size * world * accumulation))
     settings = {
-        **safety_arguments(), "output_dir": output_dir, "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": max(32, batch_size), "gradient_accumulation_steps": accumulation,
-        "num_train_epochs": epochs, "learning_rate": learning_rate, "weight_decay": 0.01, "warmup_steps": 0.1,
-        "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "bf16": bf16, "seed": seed,
-        "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True, "metric_for_best_model": "loss",
-        "greater_is_better": False, "logging_steps": min(100, max(1, steps // 2)), "disable_tqdm": True, "log_level": "error", "log_level_replica": "error", **extra}
+        **safety_arguments(), "output_dir": output_dir, "seed": seed, "bf16": bf16,
+        "per_device_train_batch_size": batch_size, "per_device_eval_batch_size": max(32, batch_size),
+        "gradient_accumulation_steps": accumulation, "num_train_epochs": epochs, "learning_rate": learning_rate,
+        "weight_decay": 0.01, "warmup_steps": 0.1, "lr_scheduler_type": "linear", "max_grad_norm": 1.0,
+        "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
+        "metric_for_best_model": "loss", "greater_is_better": False, "logging_steps": min(100, max(1, steps // 2)),
+        "disable_tqdm": True, "log_level": "error", "log_level_replica": "error", **extra}
     try:
         return TrainingArguments(**settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
 
 
-def build_trainer(model: Any, tokenizer: Any, arguments: Any, train_rows: list, dev_rows: list, train: Examples, source: Source,
-                  weights: np.ndarray | None, patience: int, tracker: Any, say: Any, config: dict[str, Any]) -> Any:
+def build_trainer(model: Any, tokenizer: Any, arguments: Any, train: Examples, train_rows: Rows, dev_rows: Rows,
+                  source: Source, *, method: dict[str, Any], weights: np.ndarray | None, patience: int, tracker: Any,
+                  say: Say) -> Any:
+    """The Trainer in the safety net, with our batch order and losses; loop, optimizer and schedule are the library's.
+
+    `method` and the examples are fingerprinted: a run is only resumed with the same ones.
+    """
     import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
 
     from routewright.checkpoints import fingerprint
     from routewright.trainer import EpochNames, SafetyNet
+
     whole = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     order = router_data.LengthGroupedOrder([len(r["input_ids"]) for r in train_rows], whole, arguments.seed)
 
     class RouterTrainer(SafetyNet, Trainer):
-        """Our batch order and our losses; the loop, the optimizer and the schedule are the library's."""
-
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return order
 
-        def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            return np.argsort([-len(r["input_ids"]) for r in eval_dataset], kind="stable").tolist()
+        def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+            return length_order(eval_dataset).tolist()
 
-        def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = router_loss(outputs.logits, labels, source, weights)
@@ -502,21 +293,25 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, train_rows: list, 
             found.metrics[f"{metric_key_prefix}_loss"] = float(router_loss(*rows, source, weights))
             return found
 
-    multiple = 8 if torch.cuda.is_available() else 1
     callbacks = [EpochNames(), make_reporter(order, tracker, say)]
     if patience and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(patience))
     trainer = RouterTrainer(
         model=model, args=arguments, train_dataset=train_rows, eval_dataset=dev_rows, processing_class=tokenizer,
-        data_collator=router_data.PadBatch(tokenizer.pad_token_id, multiple), callbacks=callbacks,
-        compute_metrics=lambda p: validation_metrics(p.predictions, p.label_ids, source),
-        fingerprints={"data": fingerprint([train.questions, train.llm_ids, train.labels.tolist()]), "config": config},
-        row_names=train.names)
-    # Both would claim that the loss is already divided by the accumulation steps; ours is a plain mean.
+        data_collator=router_data.PadBatch(tokenizer.pad_token_id, 8 if torch.cuda.is_available() else 1),
+        compute_metrics=lambda found: validation_metrics(found.predictions, found.label_ids, source),
+        callbacks=callbacks, row_names=train.names,
+        fingerprints={"data": fingerprint([train.questions, train.llm_ids, train.labels.tolist()]), "config": method})
+    # Encoders accept any keyword, which the library takes for "divides its loss by the accumulation steps".
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     return trainer
+
+
+def length_order(rows: Rows) -> np.ndarray:
+    """Row indices from the longest to the shortest: what scoring batches are cut from."""
+    return np.argsort([-len(r["input_ids"]) for r in rows], kind="stable")
 
 
 def router_loss(logits: Any, labels: Any, source: Source, weights: np.ndarray | None) -> Any:
@@ -534,7 +329,7 @@ def router_loss(logits: Any, labels: Any, source: Source, weights: np.ndarray | 
     return F.cross_entropy(logits, labels, weight=weight, reduction="none").mean()
 
 
-def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Any) -> Any:
+def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Say) -> Any:
     """Console lines and tracker scalars from the library's log events, and the epoch for the batch order."""
     from transformers import TrainerCallback
 
@@ -545,18 +340,24 @@ def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Any)
         def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
             if not state.is_world_process_zero or not logs or "train_runtime" in logs:
                 return
-            shown = {k: v for k, v in logs.items() if isinstance(v, (int, float)) and not k.endswith(("_runtime", "_per_second", "flos"))}
-            tracker.log({k.replace("eval_", "dev/") if k.startswith("eval_") else f"train/{k}": v for k, v in shown.items()}, step=state.global_step)
+            shown = {name: value for name, value in logs.items() if is_score(name) and isinstance(value, (int, float))}
+            scalars = {f"dev/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in shown.items()}
+            tracker.log(scalars, step=state.global_step)
             words = "  ".join(f"{k.replace('eval_', 'dev ')} {v:.4g}" for k, v in shown.items() if k != "epoch")
             say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {words}")
 
     return Reporter()
 
 
+def is_score(name: str) -> bool:
+    """Whether a figure of the library's logs says something about the model, not about the clock."""
+    return not name.endswith(("_runtime", "_per_second", "_time", "flos"))
+
+
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 def validation_metrics(logits: np.ndarray, labels: np.ndarray, source: Source) -> dict[str, float]:
-    """accuracy and AUROC on the validation rows; per model in pool form. Undefined ones (one class only) are left out."""
+    """accuracy and AUROC on the validation rows, per model in pool form; those of a single class are left out."""
     logits = np.asarray(logits, np.float64)
     if source.pool:
         found: dict[str, float] = {}
@@ -589,13 +390,13 @@ def auroc(truth: np.ndarray, score: np.ndarray) -> float:
     return float("nan") if area is None else float(area)
 
 
-def score_validation(run: Any, dev_rows: list[dict[str, Any]], source: Source) -> dict[str, float]:
-    """Scores of the weights that were kept, on the validation rows. A cache adds its cost-quality curve in one number."""
+def score_validation(run: Any, dev_rows: Rows, source: Source) -> dict[str, float]:
+    """Scores of the weights that were kept, on the validation rows; for a cache also of its cost-quality curve."""
     found = run.predict(dev_rows, metric_key_prefix="dev")
-    scores = {k.removeprefix("dev_"): float(v) for k, v in found.metrics.items() if not k.endswith(("_runtime", "_per_second", "_time"))}
+    scores = {name.removeprefix("dev_"): float(value) for name, value in found.metrics.items() if is_score(name)}
     if source.pool:
-        logits = np.empty_like(found.predictions, dtype=np.float64)
-        logits[run._get_eval_sampler(dev_rows)] = found.predictions  # back from length order
+        logits = np.empty(found.predictions.shape)
+        logits[length_order(dev_rows)] = found.predictions
         scores |= curve_scores(1 / (1 + np.exp(-logits)), source)
     return scores
 
@@ -620,13 +421,17 @@ def report(scores: dict[str, float], out: Path, tracker: Any, say: Any) -> None:
     kept = {name: round(value, 6) for name, value in scores.items()}
     write_json(out / "dev_scores.json", kept)
     tracker.summary({f"dev/{k}": v for k, v in kept.items()})
-    say(f"kept the best epoch, on the validation rows: {'  '.join(f'{k} {v:.4g}' for k, v in kept.items())}\nrouter: {out}")
+    words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
+    say(f"kept the best epoch, on the validation rows: {words}\nrouter: {out}")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
 def save_router(run: Any, out: Path, base: Base, train: Examples, source: Source, max_length: int) -> None:
-    """The final weights and router.json beside the checkpoints. router.json goes first and comes last: it marks a whole folder."""
+    """The final weights and router.json beside the checkpoints.
+
+    router.json goes first and comes last: a folder that has it is whole.
+    """
     from routewright.routers.base import write_card
     from routewright.schema import Prompt
 
@@ -640,8 +445,8 @@ def save_router(run: Any, out: Path, base: Base, train: Examples, source: Source
         pool, cache = None, ""
     write_card(out, kind="trained_deberta", name=out.name, models=source.models, pool=pool, train_prompts=prompts,
                cache_fingerprint=cache, base_model=base.name,
-               options={"form": source.form.removesuffix("_compat"), "compat": source.form == "pair_compat", "max_length": max_length,
-                        "context": source.table is not None})
+               options={"form": source.form.removesuffix("_compat"), "compat": source.form == "pair_compat",
+                        "max_length": max_length, "context": source.table is not None})
 
 
 if __name__ == "__main__":

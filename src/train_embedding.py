@@ -60,7 +60,8 @@ def main(
         if not value:
             continue
         if kind not in ENCODED:
-            raise UserError(f"--{'embedding_cache' if key == 'cache' else key} has no meaning for kind {kind}, which reads no encoder; leave it out")
+            flag = "embedding_cache" if key == "cache" else key
+            raise UserError(f"--{flag} has no meaning for kind {kind}, which reads no encoder; leave it out")
         options[key] = value
     # Built before the cache is read: a wrong option must not wait for the data.
     fitted = make_router(kind, name=name or Path(output_dir).name, **options)
@@ -76,14 +77,16 @@ def main(
 
     scores = {"kind": kind, "train_prompts": train.n, "fit_seconds": round(seconds, 3)}
     if dev is None:
-        print("no dev split in the cache: defaults were used where dev would have chosen, and nothing is scored", file=sys.stderr)
+        print("no dev split in the cache: defaults were used where dev would have chosen, and nothing is scored",
+              file=sys.stderr)
     else:
         scores |= dev_scores(fitted, dev)
     write_json(Path(output_dir) / "dev_scores.json", scores)
     print(f"{kind} router of {train.n} train prompts in {seconds:.1f} s -> {output_dir}")
     for model, row in scores.get("models", {}).items():
+        auroc = "-" if row["auroc"] is None else f"{row['auroc']:.3f}"
         print(f"  {model}: dev quality {row['quality']:.3f}, estimate {row['estimate']:.3f}, Brier {row['brier']:.4f} "
-              f"(constant {row['brier_constant']:.4f}), AUROC {'-' if row['auroc'] is None else round(row['auroc'], 3)}")
+              f"(constant {row['brier_constant']:.4f}), AUROC {auroc}")
 
 
 def dev_scores(router, dev) -> dict:

@@ -205,6 +205,60 @@ def _losses(result: dict[str, Any]) -> Any:
     return result["train_loss"], result["history"]
 
 
+def rank_trial(out: Path, action: str, timeout: int = 10, ranks: int = 2, steps: int = 100000, limit: float = 90,
+               poison: int | None = None) -> dict[str, Any]:
+    """A torchrun job, disturbed after some steps: what was left, how long until all were gone, what it said.
+
+    action: kill (rank 1, -9), kill0, stop (rank 1, SIGSTOP), term (the agent), killagent (-9), none (let it end).
+    """
+    import subprocess
+
+    out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--", __file__,
+               "--rank_of", str(out), "--timeout", str(timeout), "--steps", str(steps)]
+    command += [] if poison is None else ["--poison", str(poison)]
+    paths = os.pathsep.join([str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1",
+                   "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_WAIT_POLICY": "PASSIVE"}
+    log, said = out / "train_log.jsonl", out / f"said_{action}.txt"
+    before = log.stat().st_size if log.exists() else 0
+    with open(said, "w") as file:
+        agent = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=out)
+    pids: list[int] = []
+    try:
+        until = time.monotonic() + limit
+        while agent.poll() is None and action != "none" and time.monotonic() < until:
+            if log.exists() and log.stat().st_size > before + 2000:
+                break
+            time.sleep(0.1)
+        pids = [int(p.read_text()) for p in sorted(out.glob("pid_*"))]
+        if action != "none" and agent.poll() is None:
+            target, number = {"kill": (pids[-1], signal.SIGKILL), "kill0": (pids[0], signal.SIGKILL),
+                              "stop": (pids[-1], signal.SIGSTOP), "term": (agent.pid, signal.SIGTERM),
+                              "killagent": (agent.pid, signal.SIGKILL)}[action]
+            os.kill(target, number)
+        begun, until = time.monotonic(), time.monotonic() + limit
+        while time.monotonic() < until and (agent.poll() is None or any(map(alive, pids))):
+            time.sleep(0.1)
+        pids = [int(p.read_text()) for p in sorted(out.glob("pid_*"))]
+        return {"action": action, "seconds": round(time.monotonic() - begun, 1), "code": agent.poll(),
+                "left": sum(map(alive, pids)), "said": [
+                    line for line in said.read_text().splitlines() if line.startswith(("rank ", "stopped", "warning"))]}
+    finally:
+        for pid in (*pids, agent.pid):
+            if pid == agent.pid and agent.poll() is not None:
+                continue
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+        agent.wait()
+
+
+def alive(pid: int) -> bool:
+    from routewright.trainer import process_state
+
+    return process_state(pid) not in ("", "Z", "X")
+
+
 def main() -> None:
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("--kills", type=int, default=30)
@@ -214,12 +268,17 @@ def main() -> None:
     ask.add_argument("--timeout", type=int, default=60)
     ask.add_argument("--steps", type=int, default=100000)
     ask.add_argument("--poison", type=int)
+    ask.add_argument("--ranks", nargs="*", help="disturb a 2-rank torchrun job: kill kill0 stop term killagent none")
     given = ask.parse_args()
     if given.rank_of:
         return be_a_rank(given)
     import shutil
 
     shutil.rmtree(given.folder, ignore_errors=True)
+    for action in given.ranks or []:
+        print(json.dumps(rank_trial(given.folder / action, action, given.timeout)), flush=True)
+    if given.ranks:
+        return
     import transformers.trainer  # noqa: F401 - warm before the forks
     begun = time.time()
     told = trial(given.folder, given.kills, given.in_save)

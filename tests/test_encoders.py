@@ -43,7 +43,8 @@ def word_level_tokenizer(folder, config):
 
 # ---------------------------------------------------------------- loading
 
-@pytest.mark.parametrize("name", ["microsoft/deberta-v3-base", "no-such/model", "/no/such/folder", "a/b/c", "one-word", "./here"])
+@pytest.mark.parametrize("name", ["microsoft/deberta-v3-base", "no-such/model", "/no/such/folder", "a/b/c", "one-word",
+                                  "./here"])
 def test_missing_weights_are_said_within_seconds(name):
     start = time.perf_counter()
     with pytest.raises(MissingSetup) as error:
@@ -90,6 +91,26 @@ def test_a_torn_tokenizer_file_is_named(tmp_path):
     path = tmp_path / "tokenizer.json"
     path.write_text(path.read_text()[:100])
     with pytest.raises(MissingSetup, match="tokenizer.json: not readable"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_folder_with_only_a_sentencepiece_vocabulary(tmp_path):
+    """What microsoft/deberta-v3-base ships: spm.model, and no tokenizer.json."""
+    import sentencepiece
+    from transformers import DebertaV2Config
+
+    (tmp_path / "text").write_text("\n".join(TEXTS * 3))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spm"), vocab_size=80, hard_vocab_limit=False,
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
+        minloglevel=2)
+    DebertaV2Config(vocab_size=128).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
+    tokenizer = load_tokenizer(tmp_path, probe=TEXTS[0])
+    truth = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "spm.model"))
+    assert tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"] == truth.encode(TEXTS[0])
+    (tmp_path / "spm.model").unlink()
+    with pytest.raises(MissingSetup, match="tokenizer (is blank|does not load)"):
         load_tokenizer(tmp_path)
 
 
@@ -185,6 +206,7 @@ def test_vectors_agree_with_sentence_transformers(minilm):
     ours = TextEncoder(str(minilm), cache=False).encode(texts)
     theirs = SentenceTransformer(str(minilm), local_files_only=True).encode(texts, normalize_embeddings=True)
     assert np.abs(ours - theirs).max() < 1e-5
+    assert np.isfinite(TextEncoder(str(minilm), cache=False).encode(["half a pair \ud800", "\x00"])).all()
 
 
 def test_the_cache_gives_the_same_vectors_and_remembers_what_they_cost(minilm, tmp_path):

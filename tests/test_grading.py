@@ -93,7 +93,7 @@ def test_recorded_squad_scores_are_reproduced(shared_data):
     ("It has 3 and 5, so she makes $18 per day.", 18), ("Total: 18.", "18"), ("18!", "18"),
     ("It costs $1,250.00 in total.", "1250"),
     ("42%", "42%"), (r"\boxed{42\%}", "0.42"), ("that is 50 percent", "0.5"),
-    ("18", "long solution <<9*2=18>>18\n#### 18"), ("18", "# 18"), ("18", 18), ("0.5", 0.5),
+    ("18", "long solution <<9*2=18>>18\n#### 18"), ("18", "# 18"), ("18", "so\nA: 18"), ("18", 18), ("0.5", 0.5),
 ])
 def test_equal_numbers(response, gold):
     assert grade("number", response, gold).correct
@@ -160,6 +160,22 @@ def test_last_boxed_matches_braces():
     assert last_boxed(r"\boxed{a{b}c} and \boxed{\frac{1}{2}}") == r"\frac{1}{2}"
     assert last_boxed(r"\boxed{\{1,2\}}") == r"\{1,2\}"
     assert last_boxed(r"\boxed{1} \boxed{2") == ""
+
+
+def test_recorded_gsm8k_verdicts_agree(shared_data):
+    """ZeroEval's own verdicts on 8 models' full outputs; the rest is `60%` where the reference says 60."""
+    import gzip
+    import json
+
+    folder = shared_data("zeroeval")
+    with gzip.open(folder / "gsm.jsonl.gz", "rt") as rows:
+        asked = {row["id"]: row for row in map(json.loads, rows)}
+    with gzip.open(folder / "gsm_outputs_8models.jsonl.gz", "rt") as rows:
+        outputs = [json.loads(line) for line in rows]
+    differ = [o for o in outputs if grade("number", o["output"], asked[o["id"]]["reference"]).quality
+              != asked[o["id"]]["outcomes"][o["model"]]["score"]]
+    assert len(outputs) == 10_552 and len(differ) <= 30
+    assert sum("%" in o["output"][-200:] for o in differ) >= 20
 
 
 # ---------------------------------------------------------------- choice

@@ -13,7 +13,7 @@ import pytest
 FLOORS = {
     1: {"schema", "errors"},
     2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates", "decide",
-        "importing", "charts", "report", "launch"},
+        "importing", "charts", "report", "launch", "scoring"},
     3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation", "router_data",
         "tiny_deberta"},
 }

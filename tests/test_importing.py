@@ -8,12 +8,14 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from import_outcomes import main
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from import_outcomes import main
 from routewright.errors import UserError
 from routewright.importing import Notes, finish, read_contaminated, read_table, read_wide
 from routewright.launch import run
-from routewright.outcomes import OutcomeTable, read_outcomes
+from routewright.outcomes import OutcomeTable, outcome_from_row, read_outcomes
 from routewright.pool import Pool
 from routewright.textfiles import read_yaml
 
@@ -32,8 +34,7 @@ def wide_row(i: int, **changes):
     row = {"id": f"r{i}", "task": "sums", "prompt": f"How much is {i} plus {i}? Say it in words.",
            "reference": str(2 * i),
            "outcomes": {"cheap": {"score": i % 2, "answer": "x" * 40},
-                        "strong": {"score": 1, "tok_in": 9, "tok_out": 3, "cost_usd": 0.25,
-                                                                                 "latency_ms": 1500}}}
+                        "strong": {"score": 1, "tok_in": 9, "tok_out": 3, "cost_usd": 0.25, "latency_ms": 1500}}}
     row.update(changes)
     return row
 
@@ -136,6 +137,39 @@ def test_bad_rows_are_named_with_line_and_cure(tmp_path, changes, says):
     notes = Notes(skip_bad=1)
     assert {o.prompt_id for o in read_wide(source, notes)} == {"r0", "r2"}
     assert len(notes.bad_rows) == 1
+
+
+values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+                      lambda inner: st.lists(inner,
+                                             max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                                             max_leaves=5)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["id", "task", "subject", "prompt", "question", "options", "reference", "split", "group",
+                        "para", "context", "context_chars", "outcomes"]), values)
+def test_any_value_in_any_field_is_taken_or_named(tmp_path, name, value):
+    source = write_rows(tmp_path / "in.jsonl", [wide_row(0), wide_row(1, **{name: value})])
+    try:
+        outcomes = read_wide(source, Notes())
+    except UserError as error:
+        assert "in.jsonl:2" in str(error)
+    else:
+        for outcome in outcomes:
+            outcome_from_row(json.loads(json.dumps(outcome.as_row())), "row")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from(["score", "cost_usd", "tok_in", "tok_out", "latency_ms", "answer", "pred", "response",
+                        "out_chars"]), values)
+def test_any_value_in_any_outcome_is_taken_or_named(tmp_path, name, value):
+    row = wide_row(0, outcomes={"cheap": {"score": 1, name: value}})
+    try:
+        outcomes = read_wide(write_rows(tmp_path / "in.jsonl", [row]), Notes())
+    except UserError as error:
+        assert "in.jsonl:1" in str(error)
+    else:
+        outcome_from_row(json.loads(json.dumps(outcomes[0].as_row())), "row")
 
 
 def test_damaged_lines(tmp_path):
@@ -311,7 +345,7 @@ def test_routellm_whole_folder_and_lists(tmp_path, root, shared_data, capsys):
     ("gsm8k_openai/outcomes.jsonl.gz", "gsm8k_openai", [], 1319, 4),
     ("anlp_automix/outcomes.jsonl.gz", "automix", ["--without_text", "use_id"], 4000, 2),
     ("zeroeval/crux.jsonl.gz", "zeroeval", [], 800, 51),
-    ("ulab_llmrouter/train.jsonl.gz", "ulab", [], 5608, 9),
+    pytest.param("ulab_llmrouter/train.jsonl.gz", "ulab", [], 5608, 9, marks=pytest.mark.slow),
 ])
 def test_recorded_data_sets(tmp_path, root, shared_data, file, pool, options, n, m):
     folder, name = file.split("/")

@@ -79,14 +79,14 @@ def test_no_key_reaches_a_file_by_argv_config_or_environment(tmp_path, root):
 def test_modes(keyless, monkeypatch, environment, asked, mode):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert tracking._mode(asked) == mode
+    assert tracking.check_mode(asked) == mode
 
 
 def test_online_without_a_key_is_refused_at_once(keyless):
     with pytest.raises(UserError, match="needs a key"):
-        tracking._mode("online")
+        tracking.check_mode("online")
     with pytest.raises(UserError, match="not one of"):
-        tracking._mode("sometimes")
+        tracking.check_mode("sometimes")
 
 
 def test_a_key_in_netrc_is_seen(keyless, monkeypatch, tmp_path):

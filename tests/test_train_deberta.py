@@ -17,9 +17,11 @@ import yaml
 from conftest import make_outcomes
 
 import train_deberta as script
+from routewright import base_models
 from routewright.errors import MissingSetup, UserError
 from routewright.launch import run
 from routewright.outcomes import OutcomeTable, write_outcomes
+from routewright.router_data import PadBatch, load_examples
 from routewright.textfiles import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -115,15 +117,15 @@ def test_validation_questions_must_be_new(tmp_path, rows_file):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     val = write_jsonl(tmp_path / "val.jsonl", [{"question": "Fresh", "llm_id": "cheap", "label": 0}, {**rows[4], "question": rows[4]["question"].upper()}])
     with pytest.raises(UserError, match=r"val.jsonl:2: .*rows.jsonl:5"):
-        script.load_examples(str(rows_file), str(val), "", "auto", 2, 0, print)
+        load_examples(str(rows_file), str(val), "", "auto", 2, 0, print)
 
 
 def test_a_named_model_is_found_or_the_run_stops_and_only_auto_falls_back(monkeypatch):
     said = []
-    assert script.find_base("tiny", said.append).folder is None and not said
+    assert base_models.find_base("tiny", said.append).folder is None and not said
     with pytest.raises(MissingSetup, match="hf download microsoft/deberta-v3-base.*--model_name tiny"):
-        script.find_base("microsoft/deberta-v3-base", said.append)
-    assert script.find_base("auto", said.append).name == "tiny" and "WARNING" in said[0]
+        base_models.find_base("microsoft/deberta-v3-base", said.append)
+    assert base_models.find_base("auto", said.append).name == "tiny" and "WARNING" in said[0]
     # With the hub allowed but dead, the answer must come in seconds too.
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
@@ -131,19 +133,19 @@ def test_a_named_model_is_found_or_the_run_stops_and_only_auto_falls_back(monkey
         monkeypatch.delenv(name, raising=False)
     start = time.monotonic()
     with pytest.raises(MissingSetup):
-        script.find_base("microsoft/deberta-v3-base", said.append)
+        base_models.find_base("microsoft/deberta-v3-base", said.append)
     assert time.monotonic() - start < 5
 
 
 def test_a_cache_gives_train_and_dev_and_never_test(cache):
     table = OutcomeTable.load(cache)
-    train, dev, source = script.load_examples("", "", str(cache), "auto", 2, 0, lambda text: None)
+    train, dev, source = load_examples("", "", str(cache), "auto", 2, 0, lambda text: None)
     assert source.form == "pool" and source.models == ("cheap", "strong")
     assert len(train) == table.splits["train"] and len(dev) == table.splits["dev"]
     assert np.array_equal(train.labels, table.split("train").quality_mean) and set(np.unique(train.labels)) == {0, .5, 1}
     test = {p.prompt for p in table.split("test").prompts}
     assert not test & {*train.questions, *dev.questions}
-    train, dev, source = script.load_examples("", "", str(cache), "pair", 2, 0, lambda text: None)
+    train, dev, source = load_examples("", "", str(cache), "pair", 2, 0, lambda text: None)
     assert len(train) == 2 * table.splits["train"] and train.llm_ids[:2] == ["cheap", "strong"] and source.num_labels == 2
 
 
@@ -163,11 +165,12 @@ def test_validation_metrics():
 def test_the_precision_probe_leaves_model_and_chance_as_they_were(still_base, rows_file):
     import torch
 
-    model, tokenizer = script.load_pretrained(still_base, {})
+    model, tokenizer = base_models.load_pretrained(still_base, {})
     before = [p.clone() for p in model.parameters()]
     state = torch.random.get_rng_state()
-    rows = [{"input_ids": [2, 9, 8, 3], "labels": 1}] * 20
-    fp32, bf16 = script.time_precisions(model, rows, tokenizer, 8)
+    rows = base_models.median_rows([{"input_ids": [2, *range(9, 9 + n), 3], "labels": 1} for n in range(21)], 5)
+    assert [len(r["input_ids"]) for r in rows] == [10, 11, 12, 13, 14] and "labels" not in rows[0]
+    fp32, bf16 = base_models.time_precisions(model, PadBatch(tokenizer.pad_token_id)(rows))
     assert fp32 > 0 and bf16 > 0 and torch.equal(state, torch.random.get_rng_state())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
 

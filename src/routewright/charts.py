@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"  # a name, never fetc
 # Distinct for the common forms of colour blindness and legible on white and on near-black.
 COLOURS = ("#3f7fe0", "#e07b29", "#1f9d78", "#b4559c", "#8a6fe0", "#b8931f", "#3aa0c2", "#d1495b", "#6f8f3a", "#a0704a")
 CONTROL_COLOURS = ("#8b93a1", "#a79f93", "#94a89b", "#a196a8")
+OTHERS = "other models"
 LOG_FROM = 8.0  # ratio of dearest to cheapest at which a linear cost axis would hide the cheap end
-FEWEST_TASKS, MOST_TASKS = 2, 24
+FEWEST_TASKS, MOST_TASKS, MOST_NAMES = 2, 24, 8
 
 
 def theme(dark: bool = False) -> dict[str, Any]:
@@ -41,6 +42,18 @@ def short_names(results: Mapping[str, Any]) -> dict[str, str]:
     return cut if len(set(cut.values())) == len(cut) else {name: name for name in cut}
 
 
+def worth_naming(results: Mapping[str, Any]) -> list[str]:
+    """The models a plot names: all of a small pool, else those on the hull and the best single one."""
+    from routewright.metrics import hull
+
+    names = list(results["models"])
+    if len(names) <= MOST_NAMES:
+        return names
+    on_hull = hull([results["models"][n]["cost_per_1k"]["value"] for n in names],
+                   [results["models"][n]["quality"]["value"] for n in names])
+    return [n for i, n in enumerate(names) if i in set(on_hull.tolist()) or n == results["best_single"]]
+
+
 def colours(results: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """(names, colours): routers in the bright colours, content controls in greys."""
     routers = [n for n, r in results["routers"].items() if not r["control"]]
@@ -54,8 +67,11 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
     names, palette = colours(results)
     per_1k = [c * 1000 for c in results["grid"]]
     x = _cost_axis([*per_1k, results["oracle"]["cost_per_1k"]["value"]])
-    y = {"field": "quality", "type": "quantitative", "title": "quality", "scale": {"zero": False},
-         "axis": {"format": ".0%", "tickCount": 6}}
+    # Dozens of poor models would press the curves together: the plot ends a little below the named ones.
+    lowest = min([results["models"][m]["quality"]["value"] for m in worth_naming(results)]
+                 + [q for r in results["routers"].values() for q in r["curve"]["lo"] if q is not None])
+    y = {"field": "quality", "type": "quantitative", "title": "quality", "axis": {"format": ".0%", "tickCount": 6},
+         "scale": {"zero": False, **({"domainMin": max(0.0, lowest - 0.01)} if len(results["models"]) > MOST_NAMES else {})}}
     colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette},
               "legend": {"symbolType": "stroke", "symbolStrokeWidth": 4, "symbolSize": 220, "symbolOpacity": 1}}
     curve_rows, point_rows = [], []
@@ -69,10 +85,11 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
                                "interval": _interval(point["quality"]), "weight": point["cost_weight"][0],
                                "against the mix": f"{point['versus_mix']['verdict']} {_interval(point['versus_mix'])}"})
     short = short_names(results)
-    model_rows = [{"name": short[n], "cost": m["cost_per_1k"]["value"], "quality": m["quality"]["value"],
+    named = worth_naming(results)
+    model_rows = [{"name": short[n], "label": short[n] if n in named else "", "cost": m["cost_per_1k"]["value"], "quality": m["quality"]["value"],
                    "interval": _interval(m["quality"])} for n, m in results["models"].items()]
     oracle = results["oracle"]
-    oracle_rows = [{"name": "oracle", "cost": oracle["cost_per_1k"]["value"], "quality": oracle["quality"]["value"],
+    oracle_rows = [{"name": "oracle", "label": "oracle", "cost": oracle["cost_per_1k"]["value"], "quality": oracle["quality"]["value"],
                     "interval": _interval(oracle["quality"])}]
     mix_rows = [{"cost": c, "quality": q} for c, q in zip(per_1k, results["mix"]["quality"], strict=True)]
     picked = {"param": "router_picked"}
@@ -107,38 +124,39 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def shares(results: Mapping[str, Any]) -> dict[str, Any]:
     """Which model gets the calls at each router's balanced setting, and what an oracle would do."""
-    short = short_names(results)
-    rows = [{"router": name, "model": short[model], "share": share or 0.0, "order": place}
-            for name, share_of in [*((n, r["points"]["balanced"]["shares"]) for n, r in results["routers"].items()),
-                                   ("oracle", results["oracle"]["shares"])]
-            for place, (model, share) in enumerate((m, share_of[m]) for m in _by_price(results))]
-    names = list(dict.fromkeys(r["router"] for r in rows))
+    of_router = {**{n: r["points"]["balanced"]["shares"] for n, r in results["routers"].items()},
+                 "oracle": results["oracle"]["shares"]}
+    named = _most_called(results, of_router.values())
+    rows = [{"router": router, "model": model, "share": share, "order": place}
+            for router, called in of_router.items() for place, (model, share) in enumerate(_gather(results, called, named))]
     return _spec([{
         "data": {"values": rows}, "mark": {"type": "bar", "height": {"band": 0.72}, "cornerRadius": 2}, "encoding": {
-            "y": {"field": "router", "type": "nominal", "title": None, "sort": names, "axis": {"ticks": False, "domain": False}},
+            "y": {"field": "router", "type": "nominal", "title": None, "sort": list(of_router),
+                  "axis": {"ticks": False, "domain": False}},
             "x": {"field": "share", "type": "quantitative", "title": "share of prompts", "axis": {"format": ".0%"},
                   "scale": {"domain": [0, 1]}},
-            "color": _model_colour(results), "order": {"field": "order"},
+            "color": _model_colour(results, named), "order": {"field": "order"},
             "tooltip": [_tip("router", "router"), _tip("model", "model"), _tip("share", "share", ".1%")]}}],
-        height=26 * len(names) + 10)
+        height=26 * len(of_router) + 10)
 
 
 def budget(results: Mapping[str, Any], router: str) -> dict[str, Any]:
     """How one router spreads its calls as the budget grows."""
     settings = results["routers"][router]["settings"]
+    called = [dict(zip(results["models"], share, strict=True)) for share in settings["shares"]]
+    named = _most_called(results, called)
     rows, seen = [], set()
-    for cost, share in sorted(zip(settings["test_cost_per_1k"], settings["shares"], strict=True), key=lambda s: s[0]):
-        if f"{cost:.3g}" in seen:
-            continue
-        seen.add(f"{cost:.3g}")
-        of = dict(zip(results["models"], share, strict=True))
-        rows += [{"cost": cost, "model": short_names(results)[m], "share": of[m], "order": i} for i, m in enumerate(_by_price(results))]
+    for cost, at in sorted(zip(settings["test_cost_per_1k"], range(len(called)), strict=True)):
+        if f"{cost:.3g}" not in seen:
+            seen.add(f"{cost:.3g}")
+            rows += [{"cost": cost, "model": model, "share": share, "order": place}
+                     for place, (model, share) in enumerate(_gather(results, called[at], named))]
     return _spec([{
         "data": {"values": rows}, "mark": {"type": "area"}, "encoding": {
             "x": _cost_axis([r["cost"] for r in rows], padding=0),
             "y": {"field": "share", "type": "quantitative", "stack": "normalize", "title": "share of prompts",
                   "axis": {"format": ".0%"}},
-            "color": _model_colour(results), "order": {"field": "order"},
+            "color": _model_colour(results, named), "order": {"field": "order"},
             "tooltip": [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("model", "model"), _tip("share", "share", ".1%")]}}],
         height=240)
 
@@ -218,15 +236,15 @@ def _labelled(rows: list[dict[str, Any]], x: dict, y: dict, tip: list, shape: st
               colour: str) -> list[dict[str, Any]]:
     tooltip = [_tip("name", "always" if shape == "square" else "model"), *tip]
     mark = {"type": "point", "shape": shape, "filled": True, "size": size, "color": colour, "opacity": 1, "stroke": "white",
-            "strokeWidth": 1}
+            "strokeWidth": 1, "clip": True}
     layers = [{"data": {"values": rows}, "mark": mark, "encoding": {"x": x, "y": y, "tooltip": tooltip}}]
     middle = sum(_place(x, r["cost"]) for r in rows) / len(rows) if len(rows) > 1 else None
     for right in (False, True):  # names of dear models stand left of their point, so that they stay on the page
-        some = [r for r in rows if (middle is not None and _place(x, r["cost"]) > middle) == right]
+        some = [r for r in rows if r["label"] and (middle is not None and _place(x, r["cost"]) > middle) == right]
         if some:
             layers.append({"data": {"values": some}, "mark": {
                 "type": "text", "align": "right" if right else "left", "dx": -10 if right else 9, "dy": -9 if right else 11,
-                "fontWeight": 600}, "encoding": {"x": x, "y": y, "text": {"field": "name"}}})
+                "fontWeight": 600}, "encoding": {"x": x, "y": y, "text": {"field": "label"}}})
     return layers
 
 
@@ -234,11 +252,31 @@ def _place(x: Mapping[str, Any], cost: float) -> float:
     return math.log(cost) if x["scale"].get("type") == "log" else cost
 
 
-def _model_colour(results: Mapping[str, Any]) -> dict[str, Any]:
+def _most_called(results: Mapping[str, Any], called: Iterable[Mapping[str, float | None]]) -> list[str]:
+    """The models worth a colour of their own, in price order: all of a small pool, else the MOST_NAMES most used."""
+    largest = dict.fromkeys(_by_price(results), 0.0)
+    for shares_of in called:
+        for model, share in shares_of.items():
+            largest[model] = max(largest[model], share or 0.0)
+    if len(largest) <= MOST_NAMES:
+        return list(largest)
+    kept = sorted(largest, key=lambda m: -largest[m])[:MOST_NAMES]
+    return [m for m in largest if m in kept]
+
+
+def _gather(results: Mapping[str, Any], called: Mapping[str, float | None], named: list[str]) -> list[tuple[str, float]]:
+    """(short name, share) of the named models in price order, and of all the others together."""
+    short = short_names(results)
+    found = [(short[m], called[m] or 0.0) for m in named]
+    return found if len(named) == len(results["models"]) else [*found, (OTHERS, max(0.0, 1.0 - sum(s for _, s in found)))]
+
+
+def _model_colour(results: Mapping[str, Any], named: list[str]) -> dict[str, Any]:
     """Cheap models light, dear ones dark: one hue, because price is an order."""
-    names = [short_names(results)[m] for m in _by_price(results)]
-    return {"field": "model", "type": "nominal", "title": None, "sort": names,
-            "scale": {"domain": names, "range": _ramp(len(names))}}
+    names, ramp = [short_names(results)[m] for m in named], _ramp(len(named))
+    if len(named) < len(results["models"]):
+        names, ramp = [*names, OTHERS], [*ramp, "#a7adb8"]
+    return {"field": "model", "type": "nominal", "title": None, "sort": names, "scale": {"domain": names, "range": ramp}}
 
 
 def _by_price(results: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from routewright import metrics
+from routewright import metrics, tracking
 from routewright.errors import UserError
 from routewright.outcomes import OutcomeTable
 from routewright.scoring import Comparison, Contestant, Estimates, Rules, View, clean, compare, indifference_weight
@@ -33,6 +33,7 @@ CONTENT_CONTROLS = ("length", "group_table", "knn")  # set beside every router, 
 CLOSED_FORM = ("always", "random_mix", "fixed_split", "shuffled", "oracle")  # computed for everybody, exactly
 NEAR_CHECK_LIMIT = 20_000  # prompts up to which near-duplicates across splits are looked for; exact ones always are
 MANY_EXAMPLES, FEW_EXAMPLES = 20, 5
+MOST_ANSWERS = 6  # shown beside an example; a pool may have dozens of models
 LONGEST_TEXT = 1500  # characters of a prompt or an answer in the report
 
 
@@ -62,6 +63,7 @@ def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_
     """
     began = time.perf_counter()
     _check_numbers(n_settings, n_resamples, level, cost_weight)
+    tracking.check_mode(wandb)
     entries = read_entries(routers) if routers else []
     if router_type or router_model_path:
         entries.append(entry_from_flags(router_type, router_model_path))
@@ -467,11 +469,15 @@ def _examples(table: OutcomeTable, views: Sequence[View], contestants: Sequence[
 def _example(table: OutcomeTable, row: int, pick: int, ideal: int) -> dict[str, Any]:
     prompt = table.prompts[row]
     said = table.responses[row] if table.responses is not None else {}
+    rest = [j for j in table.cost[row].argsort(kind="stable").tolist() if j not in (pick, ideal)]
+    shown = list(dict.fromkeys([int(pick), int(ideal)])) + rest
+    shown = sorted(shown[:MOST_ANSWERS], key=lambda j: (table.cost[row, j], j))
     return {"prompt_id": prompt.prompt_id, "task": prompt.task, "prompt": _short(prompt.prompt),
             "context": _short(prompt.context), "reference": _short("" if prompt.reference is None else str(prompt.reference)),
             "picked": table.models[pick], "ideal": table.models[ideal],
-            "answers": [{"model": name, "quality": clean(table.quality[row, j]), "cost_usd": clean(table.cost[row, j]),
-                         "response": _short(said.get(name, ""))} for j, name in enumerate(table.models)]}
+            "others": max(0, table.m - len(shown)),
+            "answers": [{"model": table.models[j], "quality": clean(table.quality[row, j]), "cost_usd": clean(table.cost[row, j]),
+                         "response": _short(said.get(table.models[j], ""))} for j in shown]}
 
 
 def _short(text: str) -> str:
@@ -564,7 +570,7 @@ def _write_decisions(path: Path, columns: Mapping[str, np.ndarray]) -> None:
 # ---------------------------------------------------------------- W&B
 
 def _track(folder: Path, results: Mapping[str, Any], mode: str, project: str, plots: bool) -> None:
-    from routewright import report, tracking
+    from routewright import report
 
     config = {"reward": results["reward"], "cache": results["cache"], "seeds": [v["seed"] for v in results["views"]],
               "n_resamples": results["n_resamples"], "level": results["level"]}

@@ -11,7 +11,8 @@ A model writes the responses, so they are hostile input: nothing here evaluates 
 and only `math` may take long, within MATH_SECONDS. A response that gives no answer, or two, is wrong.
 
 **Percent.** A percent sign divides by a hundred: "42%" equals "0.42" and "42\%", and does not equal "42". A grader that
-drops the sign accepts 42% where 42 was asked, which is off by a factor of a hundred.
+drops the sign accepts 42% where 42 was asked, which is off by a factor of a hundred. The price: where a question asks
+for a percentage and the reference is a bare 60, the answer "60%" is refused (25 of 10,552 recorded GSM8K answers).
 """
 
 from __future__ import annotations
@@ -346,7 +347,7 @@ def number(response: str, references: list[str]) -> Grade:
 
 
 def _gold_number(text: str) -> Fraction:
-    value = read_number(text.lstrip("# "))
+    value = read_number(text.rpartition("\nA:")[2].lstrip("# "))  # "A: 18" ends OpenAI's example solutions
     if value is None and (_BOX.search(text) or _ANSWER.search(text)):
         value = final_number(text)  # a worked solution as GSM8K publishes it: ... #### 18
     if value is None:

@@ -93,7 +93,7 @@ def _csv_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
     """(first line, {column: text}) per record. The header must name every column once."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with open_text(path) as lines:
-        reader = csv.reader(lines, strict=True)
+        reader = csv.reader(lines, strict=True, delimiter="\t" if ".tsv" in path.suffixes else ",")
         start = 1
         try:
             header = next(reader, None)
@@ -195,12 +195,14 @@ def read_wide(path: str | Path, notes: Notes, quality: str = "score", without_te
     path = need_file(path)
     found: list[Outcome] = []
     ids: dict[str, int] = {}
-    rows = 0
+    rows, first_without = 0, ""
     for line, row in _json_rows(path, notes):
         rows += 1
         where = f"{path}:{line}"
         try:
-            outcomes = _wide_row(row, where, notes, quality, without_text)
+            outcomes = _wide_row(row, where, notes, quality)
+            if notes.prompts_without_text == 1 and not first_without:
+                first_without = where
             if outcomes[0].prompt_id in ids:
                 raise UserError(f"{where}: id {row['id']!r} stands on line {ids[outcomes[0].prompt_id]} too; "
                                 "ids must be unique")
@@ -210,16 +212,21 @@ def read_wide(path: str | Path, notes: Notes, quality: str = "score", without_te
         ids[outcomes[0].prompt_id] = line
         found.extend(outcomes)
     if notes.prompts_without_text and without_text == "error":
-        raise UserError(f"{path}: {notes.prompts_without_text} of {rows} rows have neither prompt nor question; "
+        raise UserError(f"{first_without}: neither prompt nor question ({notes.prompts_without_text} of {rows} rows); "
                         "--without_text use_id imports them under their ids "
                         "(no router that reads text will work on them)")
     notes.add_source(path, rows)
     return found
 
 
-def _wide_row(row: dict[str, Any], where: str, notes: Notes, quality: str, without_text: str) -> list[Outcome]:
-    if not isinstance(row.get("id"), str) or not row["id"]:
+def _wide_row(row: dict[str, Any], where: str, notes: Notes, quality: str) -> list[Outcome]:
+    if isinstance(row.get("id"), int) and not isinstance(row["id"], bool):
+        row["id"] = str(row["id"])
+    if not isinstance(row.get("id"), str) or not row["id"].strip():
         raise UserError(f"{where}: `id` must be a non-empty text; got {row.get('id')!r}{nearest('id', row)}")
+    for key in ("task", "subject", "group", "para", "context"):
+        if row.get(key) is not None and not isinstance(row[key], (str, int)):
+            raise UserError(f"{where}: {key} must be text; got {str(row[key])[:60]!r}")
     answers = row.get("outcomes")
     if not isinstance(answers, dict) or not answers:
         raise UserError(f"{where}: `outcomes` must map each model to its outcome; got {str(answers)[:60]!r}"
@@ -229,7 +236,7 @@ def _wide_row(row: dict[str, Any], where: str, notes: Notes, quality: str, witho
     task = "/".join(str(row[key]) for key in ("task", "subject") if row.get(key))
     shared = {
         "prompt_id": row["id"], "prompt": prompt, "task": task, "split": _split(row.get("split"), where),
-        "group": str(row.get("group") or row.get("para") or ""), "context": row.get("context") or "",
+        "group": str(row.get("group") or row.get("para") or ""), "context": str(row.get("context") or ""),
         "reference": _reference(row.get("reference"))}
     characters += _count(row.get("context_chars"), where, "context_chars") or len(shared["context"])
     outcomes = []
@@ -277,8 +284,9 @@ def _wide_outcome(shared: dict[str, Any], name: str, answer: dict[str, Any], whe
 
 
 def _split(value: Any, where: str) -> str:
-    value = {"validation": "dev", "val": "dev", None: ""}.get(value, value)
-    if value not in ("", *SPLITS):
+    if value is None or isinstance(value, str):
+        value = {"validation": "dev", "val": "dev", None: ""}.get(value, value)
+    if not isinstance(value, str) or value not in ("", *SPLITS):
         raise UserError(f"{where}: split must be train, dev, test or empty; got {value!r}")
     return value
 
@@ -295,8 +303,8 @@ def read_routellm(folder: str | Path, notes: Notes, keep_contaminated: bool = Fa
     folder = Path(folder)
     files = sorted(folder.rglob("*.csv")) if folder.is_dir() else []
     if not files:
-        raise UserError(f"{folder}: no CSV files below it; expected gsm8k/gsm8k_responses.csv or mmlu/responses/mmlu_*.csv "
-                        "as in routellm/evals (other layouts: --format table)")
+        raise UserError(f"{folder}: no CSV files below it; expected gsm8k/gsm8k_responses.csv or "
+                        "mmlu/responses/mmlu_*.csv as in routellm/evals (other layouts: --format table)")
     found: list[Outcome] = []
     for file in files:
         subject = file.stem.removeprefix("mmlu_") if file.stem.startswith("mmlu_") else ""
@@ -583,7 +591,7 @@ def _check_straddle(groups: Mapping[str, str], splits: Mapping[str, str]) -> Non
         key = straddling[0]
         other = seen[groups[key]]
         raise UserError(f"the recorded splits leak: {len(straddling)} prompts have a near-duplicate in another split "
-                        f"(first: {key!r} in {splits[key] or 'no split'} and {other!r} in {splits[other] or 'no split'}); "
+                        f"(first: {key!r} in {splits[key] or 'no split'}, {other!r} in {splits[other] or 'no split'}); "
                         "--splits hash assigns clean ones")
 
 
@@ -648,5 +656,5 @@ def summary(outcomes: Iterable[Outcome], about: Mapping[str, Any]) -> str:
         lines.append(f"  tokens were not recorded for {about['outcomes_with_estimated_tokens']:,} outcomes: "
                      "estimated from characters")
         if unknown:
-            lines[-1] += f"; {unknown:,} of them count {LENGTH_OF_UNKNOWN} output token, as not even a length was recorded"
+            lines[-1] += f"; {unknown:,} of them count {LENGTH_OF_UNKNOWN} output token, for want even of a length"
     return "\n".join(lines)

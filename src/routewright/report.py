@@ -116,11 +116,16 @@ def _headline_none(results: Mapping[str, Any], routers: Mapping[str, Any]) -> di
     mix = point["versus_mix"]
     side = "above" if mix["value"] >= 0 else "below"
     judged = {"beats": "a real gain", "ties": "no difference that these prompts can show", "loses": "a real loss"}[mix["verdict"]]
-    return {"text": f"No router reaches the quality of {best}, the best single model, for less money.",
-            "detail": f"At its balanced setting {name} reaches {percent(point['quality']['value'])} quality at "
+    return {"text": f"No router is shown to match {best}, the best single model, for less money.",
+            "detail": f"On the dev prompts no cheaper setting of any router reached its quality. At its balanced setting {name} reaches {percent(point['quality']['value'])} quality at "
                       f"{percent(point['cost_ratio']['value'], 0)} of the cost of {best}. That is {abs(100 * mix['value']):.1f} "
                       f"points {side} the best random mix of models at that cost ({_level(results)} {span(mix, points)}), {judged}.",
             "router": name, "tone": "mixed" if mix["verdict"] == "beats" else "bad"}
+
+
+def worth_naming(results: Mapping[str, Any]) -> list[str]:
+    """The models a plot names and a terminal shows: all of a small pool, else those on the hull and the best single one."""
+    return charts.worth_naming(results)
 
 
 def short_names(results: Mapping[str, Any]) -> dict[str, str]:
@@ -236,14 +241,21 @@ def terminal(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:  # a log file has no width; wrapped cells help nobody
+        console = Console(highlight=False, width=150)
     wide = console.width >= 120
     heads, rows = table_cells(results)
     kept = [i for i, head in enumerate(heads) if wide or head not in ("quality there (points)", "AIQ", "whole curve")]
     table = Table(show_edge=False, pad_edge=False, header_style="bold")
     for i in kept:
         table.add_column(heads[i], justify="left" if i < 2 else "right", overflow="fold")
+    table.columns[0].min_width = 16
     colour = {"beats": "green", "loses": "red", "ties": "yellow"}
+    shown = {f"always {short_names(results)[m]}" for m in worth_naming(results)}
+    hidden = sum(row[0].startswith("always ") and row[0] not in shown for row in rows)
     for row in rows:
+        if row[0].startswith("always ") and row[0] not in shown:
+            continue
         table.add_row(*(f"[{colour[row[i]]}]{row[i]}[/]" if row[i] in colour else row[i] for i in kept))
     tone = {"good": "green", "mixed": "yellow", "bad": "red"}[results["headline"]["tone"]]
     console.print()
@@ -254,6 +266,8 @@ def terminal(results: Mapping[str, Any]) -> None:
         console.print(f"[yellow]note:[/] {warning}")
     console.print()
     console.print(table)
+    if hidden:
+        console.print(f"[dim]{hidden} more models, all below the mix of these, stand in leaderboard.md[/]")
     console.print()
 
 
@@ -280,7 +294,7 @@ def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping
     environment.filters |= {"percent": percent, "points": points, "money": money}
     template = environment.from_string((Path(__file__).parent / "report_page.html").read_text(encoding="utf-8"))
     return template.render(
-        r=results, short=short_names(results), lead=results["headline"]["router"], examples=examples, provenance=provenance, timing=timing,
+        r=results, short=short_names(results), named=worth_naming(results), lead=results["headline"]["router"], examples=examples, provenance=provenance, timing=timing,
         routers={n: v for n, v in results["routers"].items() if not v["control"]},
         controls={n: v for n, v in results["routers"].items() if v["control"]},
         warnings=_warnings(results), methods=method_lines(results), reward_words=reward_words(results),

@@ -21,7 +21,7 @@ from typing import Any
 
 from routewright.errors import MissingSetup
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # [UNK] must be id 1, as the library's tokenizer expects
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")  # the library's tokenizer expects [UNK] as id 1
 MAX_POSITIONS = 512
 PROBE_TEXTS = 64  # texts looked at by check_tokenizer
 
@@ -35,7 +35,7 @@ def build_vocabulary(texts: Iterable[str], size: int = 4000) -> list[tuple[str, 
     words: Counter[str] = Counter()
     for text in texts:
         words.update(_runs(text))
-    characters = Counter(string.ascii_letters + string.digits + string.punctuation + "▁")  # never unknown, seen or not
+    characters = Counter(string.ascii_letters + string.digits + string.punctuation + "▁")  # never unknown
     pieces: Counter[str] = Counter()
     for word, count in words.items():
         for character in word:
@@ -63,7 +63,8 @@ def build_vocabulary(texts: Iterable[str], size: int = 4000) -> list[tuple[str, 
     return vocabulary
 
 
-def build_tiny(texts: Sequence[str], num_labels: int, seed: int = 42, vocabulary_size: int = 4000, **config: Any) -> tuple[Any, Any]:
+def build_tiny(texts: Sequence[str], num_labels: int, seed: int = 42, vocabulary_size: int = 4000,
+               **config: Any) -> tuple[Any, Any]:
     """(model, tokenizer): an untrained DebertaV2ForSequenceClassification and its tokenizer. No file, no network.
 
     `config` reaches DebertaV2Config, for the label names and for other sizes.
@@ -103,13 +104,13 @@ def check_tokenizer(tokenizer: Any, texts: Sequence[str], source: str | Path) ->
     ids = [i for row in tokenizer(probe, add_special_tokens=False)["input_ids"] for i in row]
     unknown = sum(i == tokenizer.unk_token_id for i in ids) / max(1, len(ids))
     if unknown > 0.5 or not ids:
-        raise MissingSetup(f"{source}: its tokenizer knows {len(tokenizer)} tokens and reads {unknown:.0%} of your text as unknown; "
-                           "a vocabulary file (spm.model or tokenizer.json) is missing, so download the base model again "
-                           "(`pip install sentencepiece` is needed for DeBERTa-v3)")
+        raise MissingSetup(f"{source}: its tokenizer knows {len(tokenizer)} tokens and reads {unknown:.0%} of your text as "
+                           "unknown; a vocabulary file (spm.model or tokenizer.json) is missing, so download the base "
+                           "model again (`pip install sentencepiece` is needed for DeBERTa-v3)")
 
 
 def _runs(text: str) -> list[str]:
-    """Runs of letters, of digits and of signs; a run that starts a word carries the word mark, as the tokenizer's do."""
+    """Runs of letters, of digits and of signs; one that starts a word carries the word mark, as the tokenizer's do."""
     found = []
     for word in re.sub(r"\s+", " ", text).strip().split(" "):
         runs = re.findall(r"[^\W\d_]+|\d+|[\W_]+", word)

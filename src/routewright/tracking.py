@@ -119,7 +119,7 @@ def start(project: str, name: str, folder: str | Path, config: Mapping[str, Any]
     `mode`: auto is online when a key is present and offline otherwise; WANDB_MODE in the environment wins over auto
     and may only lower it (offline, disabled). Raises UserError for another mode, or for online without a key.
     """
-    mode = _mode(mode)
+    mode = check_mode(mode)
     if mode == "off" or os.environ.get("RANK", "0") != "0":
         return Silent()
     try:
@@ -146,7 +146,8 @@ def _begin(wandb: Any, project: str, name: str, folder: str | Path, config: Mapp
                       job_type=job_type or None, group=group or None, tags=list(tags) or None, settings=settings)
 
 
-def _mode(asked: str) -> str:
+def check_mode(asked: str) -> str:
+    """What an asked mode comes to on this machine: online, offline or off. Raises UserError, so call it before the work."""
     if asked not in MODES:
         raise UserError(f"wandb mode {asked!r} is not one of {', '.join(MODES)}")
     environment = os.environ.get("WANDB_MODE", "").lower()

@@ -199,6 +199,13 @@ class Watch:
                 return ""
             time.sleep(0.1)
 
+    def end_stopped(self) -> None:
+        """Kill peers that are stopped: they cannot obey the agent's SIGTERM, which would wait 30 s for them."""
+        for pid in self.peers.values():
+            if process_state(pid) == "T":
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+
     def leave(self, seconds: int = 15) -> None:
         """One rank of several ends with an error: it gets this long for its message, whatever its peers do.
 
@@ -273,6 +280,7 @@ class SafetyNet:
         """
         guard_process()
         self._check_ranks()
+        self._set_timeout()
         lock: ck.RunLock | None = None
         self._watch = Watch(self._peers(), self._grace)
         try:
@@ -324,6 +332,7 @@ class SafetyNet:
         if self.args.world_size > 1 and isinstance(error, (RuntimeError, OSError)):
             told = self._watch.unwell()
             if told:
+                self._watch.end_stopped()
                 # Rank 0 speaks for all, unless it is the one that is gone.
                 if 0 in self._watch.peers:
                     print(f"rank {self.args.process_index}: {told}", file=sys.stderr, flush=True)
@@ -366,6 +375,15 @@ class SafetyNet:
                             "TrainingArguments on a machine without GPUs (safety_arguments does)")
         if self.args.save_on_each_node:
             raise UserError("save_on_each_node is not supported: checkpoints need one folder that all nodes share")
+
+    def _set_timeout(self) -> None:
+        # With use_cpu the Trainer forgets its ddp_timeout, and a hung rank would hold the others for 30 minutes.
+        if self.args.world_size > 1:
+            from datetime import timedelta
+
+            from torch.distributed import distributed_c10d
+
+            distributed_c10d._set_pg_timeout(timedelta(seconds=self.args.ddp_timeout))
 
     def _peers(self) -> dict[int, int]:
         mine = (_machine(), os.getpid())

@@ -136,7 +136,7 @@ def train(name: str, rows: list[dict], folder: Path) -> tuple[float, list[float]
 
     model, tokenizer = load_model()
     settings = script.training_arguments(
-        output_dir=str(folder / name), batch_size=BATCH, global_batch_size=0, learning_rate=2e-5, epochs=1, patience=0,
+        output_dir=str(folder / name), batch_size=BATCH, global_batch_size=0, learning_rate=2e-5, epochs=1,
         bf16=name == "ours_bf16", seed=0, rows=len(rows), extra={
             "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False, "logging_steps": 1,
             "train_sampling_strategy": "sequential", "use_cpu": True})
@@ -146,8 +146,8 @@ def train(name: str, rows: list[dict], folder: Path) -> tuple[float, list[float]
         labels = np.array([r["labels"] for r in rows])
         examples = script.Examples([""] * len(rows), None, labels, [str(i) for i in range(len(rows))])
         from routewright.tracking import Silent
-        trainer = script.build_trainer(model, tokenizer, settings, rows, rows[:1], examples, source, None, 0, Silent(),
-                                       lambda text: None, config={})
+        trainer = script.build_trainer(model, tokenizer, settings, examples, rows, rows[:1], source, method={}, weights=None,
+                                       patience=0, tracker=Silent(), say=lambda text: None)
         trainer._get_train_sampler = lambda dataset=None: list(range(len(rows)))
     else:
         trainer = Trainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer,

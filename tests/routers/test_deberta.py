@@ -16,8 +16,8 @@ from routewright.routers import from_entry, load_router, make_router, write_card
 from routewright.schema import Prompt
 from routewright.tiny_deberta import build_tiny
 
-PROMPTS = [Prompt(f"p{i}", f"{'river stone ' * (i * 7 % 23)}case {i} plain or hard", context="a window" if i % 3 else "")
-           for i in range(41)]
+PROMPTS = [Prompt(f"p{i}", f"{'river stone ' * (i * 7 % 23)}case {i} plain or hard",
+                  context="a window" if i % 3 else "") for i in range(41)]
 MODELS = ("cheap", "strong", "other")
 
 

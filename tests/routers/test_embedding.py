@@ -71,7 +71,8 @@ def test_logistic_regression_on_soft_labels_is_the_weighted_two_row_fit(planted)
     weights, bias = fit_logistic(x, soft, l2=0.01)
     doubled = LogisticRegression(C=1 / (0.01 * len(x)), tol=1e-8, max_iter=1000).fit(
         np.vstack([x, x]), np.r_[np.ones(len(x)), np.zeros(len(x))], np.r_[soft[:, 0], 1 - soft[:, 0]])
-    assert np.allclose(weights[:, 0], doubled.coef_[0], atol=5e-3) and np.isclose(bias[0], doubled.intercept_[0], atol=5e-3)
+    assert np.allclose(weights[:, 0], doubled.coef_[0], atol=5e-3)
+    assert np.isclose(bias[0], doubled.intercept_[0], atol=5e-3)
 
 
 def test_linear_chooses_a_strong_penalty_where_there_is_nothing_to_learn():

@@ -107,7 +107,8 @@ def test_write_card_for_weights_of_another_program(tmp_path):
     write_card(tmp_path, kind="trained_deberta", name="d", models=["cheap"], pool=two_model_pool(), form="pool",
                train_prompts=[Prompt("a", "What is it?")], base_model="tiny")
     card = read_card(tmp_path)
-    assert card["form"] == "pool" and card["base_model"] == "tiny" and card["train_prompts"] == [text_hash("what IS it")]
+    assert card["form"] == "pool" and card["base_model"] == "tiny"
+    assert card["train_prompts"] == [text_hash("what IS it")]
 
 
 def test_estimates_do_not_depend_on_the_company_a_prompt_keeps(parts):
@@ -224,7 +225,8 @@ def test_another_encoder_than_trained_over_is_refused(parts, tmp_path):
 
 def test_expand_reads_the_environment(monkeypatch):
     monkeypatch.setenv("RW_FOLDER", "/weights")
-    assert expand({"a": ["${RW_FOLDER}/x", 3], "b": "${RW_NONE:-hub/name}"}) == {"a": ["/weights/x", 3], "b": "hub/name"}
+    found = expand({"a": ["${RW_FOLDER}/x", 3], "b": "${RW_NONE:-hub/name}"})
+    assert found == {"a": ["/weights/x", 3], "b": "hub/name"}
 
 
 def test_every_kind_has_a_class_that_agrees():
@@ -235,7 +237,8 @@ def test_every_kind_has_a_class_that_agrees():
 def test_importing_the_package_is_light(root):
     heavy = "torch transformers sklearn scipy pandas numba sentence_transformers safetensors".split()
     code = ("import sys; import routewright.routers, routewright.encoders, routewright.routers.embedding, "
-            f"routewright.routers.controls, routewright.routers.deberta; print([m for m in {heavy!r} if m in sys.modules])")
+            f"routewright.routers.controls, routewright.routers.deberta; "
+            f"print([m for m in {heavy!r} if m in sys.modules])")
     out = subprocess.run([sys.executable, "-c", code], cwd=root / "src", capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -21,8 +21,9 @@ from routewright.encoders.weights import (
 from routewright.errors import UserError
 from routewright.textfiles import nearest
 
-__all__ = ["DEFAULT_ENCODER", "Encoder", "TextEncoder", "TfidfEncoder", "find_weights", "load_encoder", "load_tokenizer",
-           "longest_input", "make_encoder", "quiet_loading", "surface_numbers", "torch_device", "weights_identity"]
+__all__ = ["DEFAULT_ENCODER", "Encoder", "TextEncoder", "TfidfEncoder", "find_weights", "load_encoder",
+           "load_tokenizer", "longest_input", "make_encoder", "quiet_loading", "surface_numbers", "torch_device",
+           "weights_identity"]
 
 
 def make_encoder(spec: str | dict[str, Any], cache: str | Path | bool = True) -> Encoder:

@@ -102,7 +102,8 @@ def surface_numbers(texts: Sequence[str]) -> np.ndarray:
         words = text.split()
         largest = max((len(n.split(".")[0].replace(",", "")) for n in numbers), default=0)
         rows[row] = (math.log1p(len(text)), math.log1p(len(words)), sum(c.isdigit() for c in text) / max(len(text), 1),
-                     math.log1p(len(numbers)), largest, text.count("?"), math.log1p(sum(c in "+-*/=^%$\\<>" for c in text)),
+                     math.log1p(len(numbers)), largest, text.count("?"),
+                     math.log1p(sum(c in "+-*/=^%$\\<>" for c in text)),
                      math.log1p(text.count("\n")), math.log1p(text.count(",") + text.count(".")),
                      len(set(words)) / max(len(words), 1))
     return rows

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import sys
 import time
 import zipfile
 from collections.abc import Sequence
@@ -49,7 +50,9 @@ class TextEncoder(Encoder):
         self._cache = _VectorCache(_cache_folder(cache), self.identity)
 
     def _encode(self, texts: Sequence[str]) -> tuple[np.ndarray, float]:
-        keys = [hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest() for text in texts]
+        # Half a surrogate pair is no text to any tokenizer.
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]
+        keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
         spared = sum(self._cache.seconds(key) for key in keys if key not in missing)
         if missing:
@@ -62,7 +65,11 @@ class TextEncoder(Encoder):
                 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
                 # The figure outlives this run, so a machine that was busy with other work must not inflate it.
                 self._cache.add(chunk, vectors, (wall if torch_device() == "cuda" else min(wall, cpu)) / len(chunk))
-            self._cache.flush()
+                done = start + len(chunk)
+                if done == len(order) or done % (16 * _CHUNK) == 0:
+                    self._cache.flush()
+                    if len(order) > 8 * _CHUNK:
+                        print(f"embedded {done} of {len(order)} texts with {self.name}", file=sys.stderr, flush=True)
         return self._cache.vectors(keys), spared
 
 
@@ -143,8 +150,10 @@ def _read_chain(folder: Path) -> dict[str, Any] | None:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]) or modules[0].get("path"):
         return None
     pooling = read(f"{modules[1]['path']}/config.json")
+    prefix = "pooling_mode_"
     modes = [pooling["pooling_mode"]] if "pooling_mode" in pooling else [
-        key.removeprefix("pooling_mode_").split("_")[0] for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+        key.removeprefix(prefix).removesuffix("_tokens").removesuffix("_token")
+        for key, on in pooling.items() if key.startswith(prefix) and on]
     if modes not in (["mean"], ["cls"]) or pooling.get("include_prompt") is False or own.get("do_lower_case"):
         return None
     return {"pooling": modes[0], "max_length": own.get("max_seq_length")}
@@ -167,7 +176,8 @@ def _cache_folder(cache: str | Path | bool) -> Path | None:
     if cache is False:
         return None
     if cache is True:
-        return Path(os.environ.get("ROUTEWRIGHT_CACHE") or Path(__file__).resolve().parents[2] / "data" / "runs" / ".cache")
+        root = Path(__file__).resolve().parents[3]  # of the repository
+        return Path(os.environ.get("ROUTEWRIGHT_CACHE") or root / "data" / "runs" / ".cache")
     return Path(cache)
 
 

@@ -56,8 +56,8 @@ class TfidfEncoder(Encoder):
                 try:
                     blocks.append(part.fit_transform(texts))
                 except ValueError:
-                    raise UserError(f"the {len(texts)} train prompts hold no words, so tfidf has nothing to learn; check the "
-                                    "prompts, or use a pretrained encoder") from None
+                    raise UserError(f"the {len(texts)} train prompts hold no words, so tfidf has nothing to learn; "
+                                    "check the prompts, or use a pretrained encoder") from None
         matrix = _join(blocks)
         rank = min(self.dimensions, matrix.shape[1] - 1, matrix.shape[0] - 1)
         self._components = None

@@ -121,7 +121,10 @@ def _check_not_blank(tokenizer: PreTrainedTokenizerBase, path: str | Path, probe
 
 
 def load_encoder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
-    """(network, tokenizer) of a pretrained encoder, in eval mode, on the GPU where there is one. Raises MissingSetup."""
+    """(network, tokenizer) of a pretrained encoder, in eval mode, on the GPU where there is one.
+
+    Raises MissingSetup when the folder does not load or lacks weights.
+    """
     folder = find_weights(path)
     tokenizer = load_tokenizer(folder)
     from transformers import AutoModel
@@ -134,8 +137,8 @@ def load_encoder(path: str | Path) -> tuple[Any, PreTrainedTokenizerBase]:
         raise not_loading(path, error) from None
     fresh = [key for key in report["missing_keys"] if "pooler" not in key]  # we pool ourselves
     if fresh:
-        raise MissingSetup(f"{path}: {len(fresh)} weights are missing from the file (first: {sorted(fresh)[0]}), so parts "
-                           "of the encoder would be random; fetch the whole folder again")
+        raise MissingSetup(f"{path}: {len(fresh)} weights are missing from the file (first: {sorted(fresh)[0]}), so "
+                           "parts of the encoder would be random; fetch the whole folder again")
     if len(tokenizer) > network.get_input_embeddings().num_embeddings:
         raise MissingSetup(f"{path}: the tokenizer knows {len(tokenizer)} tokens and the network "
                            f"{network.get_input_embeddings().num_embeddings}; they do not belong together")
@@ -178,7 +181,8 @@ def torch_device() -> str:
 def not_loading(path: str | Path, error: Exception) -> MissingSetup:
     """The message for weights that a library could not load."""
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    return MissingSetup(f"{path}: the weights do not load ({first[:200]}); fetch the whole folder again with `hf download`")
+    return MissingSetup(f"{path}: the weights do not load ({first[:200]}); fetch the whole folder again with "
+                        "`hf download`")
 
 
 def weights_identity(folder: Path) -> str:

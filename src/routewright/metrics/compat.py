@@ -230,6 +230,7 @@ ROUTERBENCH_WTP = np.logspace(-10, 9, 32)  # willingness to pay: 32 values from 
 
 
 # ---- LLMRouterBench (baselines/aggregators.py; gains from the prose of its README) ---------------------------------
+# Its ParetoDist is left out: the normalisation is published nowhere.
 
 
 @dataclass(frozen=True)

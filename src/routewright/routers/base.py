@@ -58,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 def prompt_text(prompt: Prompt) -> str:
-    """What a router reads of a prompt: the question, then its context (so that cutting at the end spares the question)."""
+    """What a router reads of a prompt: the question, then its context, so that a cut at the end spares the question."""
     return full_text(prompt)
 
 
@@ -121,8 +121,8 @@ class Router:
         assert estimate.shape == (len(prompts), len(self.models)), f"{self.kind}: {estimate.shape}"
         if not np.isfinite(estimate).all():
             row = int(np.flatnonzero(~np.isfinite(estimate).all(axis=1))[0])
-            raise UserError(f"router {self.name!r}: its estimate for prompt {prompts[row].prompt_id!r} is not a number; "
-                            "the weights are damaged, so train or fetch the folder again")
+            raise UserError(f"router {self.name!r}: its estimate for prompt {prompts[row].prompt_id!r} is not a "
+                            "number; the weights are damaged, so train or fetch the folder again")
         return np.clip(estimate, 0.0, 1.0)
 
     def overhead(self, prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
@@ -220,7 +220,8 @@ class Router:
 def router_class(kind: str) -> type[Router]:
     """The class of a kind. Raises UserError with the nearest name."""
     if kind not in ROUTER_KINDS:
-        raise UserError(f"unknown router kind {kind!r}{nearest(str(kind), ROUTER_KINDS)}; known: {', '.join(ROUTER_KINDS)}")
+        raise UserError(f"unknown router kind {kind!r}{nearest(str(kind), ROUTER_KINDS)}; "
+                        f"known: {', '.join(ROUTER_KINDS)}")
     module, _, name = ROUTER_KINDS[kind].partition(":")
     return getattr(importlib.import_module(f"routewright.routers.{module}"), name)
 
@@ -253,7 +254,8 @@ def from_entry(entry: Mapping[str, Any], where: str = "router entry") -> Router:
     if kind is not None:
         return make_router(str(kind), **options)
     if "path" not in options:
-        raise UserError(f"{where}: {dict(entry)!r} needs `kind` (one of {', '.join(ROUTER_KINDS)}) or `path` (a router folder)")
+        raise UserError(f"{where}: {dict(entry)!r} needs `kind` (one of {', '.join(ROUTER_KINDS)}) or `path` "
+                        "(a router folder)")
     return load_router(options.pop("path"), **options)
 
 
@@ -286,7 +288,8 @@ def check_options(cls: type[Router], options: Mapping[str, Any], where: str) -> 
     checked = {}
     for key, value in options.items():
         if key not in known:
-            raise UserError(f"{where}: {cls.kind} has no option {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+            raise UserError(f"{where}: {cls.kind} has no option {key!r}{nearest(key, known)}; "
+                            f"known: {', '.join(known)}")
         checked[key] = _of_type(value, known[key], f"{where}: {key}")
     return checked
 
@@ -312,7 +315,9 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     """router.json of a folder, with `kind` and `models` present. Raises UserError."""
     path = Path(folder) / CARD
     if not path.is_file():
-        state = "has no router.json, so it is no router (or an unfinished one)" if path.parent.is_dir() else "does not exist"
+        state = "does not exist"
+        if path.parent.is_dir():
+            state = "has no router.json, so it is no router (or an unfinished one)"
         raise UserError(f"{path.parent}: the router folder {state}; a train_*.py script writes one")
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
@@ -341,7 +346,8 @@ def prompt_hashes(prompts: Iterable[Prompt]) -> dict[str, Any]:
 
     prompts = list(prompts)
     ids = "\n".join(sorted(p.prompt_id for p in prompts))
-    return {"train_prompts_hash": prompts_hash(prompts), "train_prompt_ids_hash": hashlib.sha256(ids.encode()).hexdigest(),
+    return {"train_prompts_hash": prompts_hash(prompts),
+            "train_prompt_ids_hash": hashlib.sha256(ids.encode()).hexdigest(),
             "train_prompts": sorted({text_hash(p.prompt) for p in prompts})}
 
 
@@ -349,7 +355,8 @@ def pool_card(pool: Pool | None) -> dict[str, Any] | None:
     """A pool as JSON: its prices travel with the router, so that its decisions can be made anywhere."""
     if pool is None:
         return None
-    models = [{key: value for key, value in asdict(model).items() if value not in (None, (), "")} for model in pool.models]
+    models = [{key: value for key, value in asdict(model).items() if value not in (None, (), "")}
+              for model in pool.models]
     return {"name": pool.name, "prices_dated": pool.prices_dated, "models": models}
 
 
@@ -360,8 +367,8 @@ def pool_from_card(card: Mapping[str, Any] | None, folder: str | Path) -> Pool |
     if not card:
         return None
     try:
-        models = tuple(ModelSpec(**{key: tuple(value) if isinstance(value, list) else value for key, value in model.items()})
-                       for model in card["models"])
+        models = tuple(ModelSpec(**{key: tuple(value) if isinstance(value, list) else value
+                                    for key, value in model.items()}) for model in card["models"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{Path(folder) / CARD}: pool is damaged ({error}); train or fetch the router again") from None
     return Pool(str(card.get("name", "")), models, str(card.get("prices_dated", "")), str(Path(folder) / CARD))

@@ -107,7 +107,8 @@ class RandomMixRouter(_Control):
         shares = np.zeros(len(self.models))
         for model, share in self.shares.items():
             if isinstance(share, bool) or not isinstance(share, (int, float)) or not share >= 0:
-                raise UserError(f"router {self.name!r}: the share of {model!r} must be a number of 0 or more; got {share!r}")
+                raise UserError(f"router {self.name!r}: the share of {model!r} must be a number of 0 or more; "
+                                f"got {share!r}")
             shares[self._place(str(model))] = share
         if shares.sum() <= 0:
             raise UserError(f"router {self.name!r}: the shares add up to 0; give at least one model a share")
@@ -130,7 +131,8 @@ class FixedSplitRouter(_Control):
     """The best fixed split: which share of the prompts each model gets, chosen on dev, blind to the prompt.
 
     `budget` is the mean USD per prompt the split may spend: the optimum is then one model or a mix of two. Without it,
-    quality - cost_weight * cost is maximised, whose optimum is a single model. Estimates are the dev means of each model, the same for every prompt.
+    quality - cost_weight * cost is maximised, whose optimum is a single model. Estimates are the dev means of each
+    model, the same for every prompt.
     """
 
     kind: ClassVar[str] = "fixed_split"

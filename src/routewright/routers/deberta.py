@@ -67,7 +67,8 @@ class TrainedDebertaRouter(Router):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.path:
-            raise UserError(f"router {self.name!r}: trained_deberta needs `path`, the folder that train_deberta.py wrote")
+            raise UserError(f"router {self.name!r}: trained_deberta needs `path`, the folder that train_deberta.py "
+                            "wrote")
         if self.form not in ("", *FORMS):
             raise UserError(f"router {self.name!r}: form must be pool or pair; got {self.form!r}")
         if (Path(self.path) / CARD).is_file():
@@ -89,13 +90,13 @@ class TrainedDebertaRouter(Router):
             key: value for key, value in self.options.items() if key != "path"}}
 
     def bind(self, models: Sequence[str], pool: Pool | None) -> Self:
-        """Take over the models of a pool. Of the models that router.json names, those in the pool stay, in its order."""
+        """Take over the models of a pool. Of those that router.json names, the ones in the pool stay, in its order."""
         if not self.trained_models:
             return super().bind(models, pool)
         kept = [name for name in self.trained_models if name in models]
         if not kept:
-            raise UserError(f"{self.path}: the router knows {', '.join(self.trained_models)}, and the pool has none of them "
-                            f"(it has: {', '.join(models)}); evaluate it on the models it was trained for")
+            raise UserError(f"{self.path}: the router knows {', '.join(self.trained_models)}, and the pool has none of "
+                            f"them (it has: {', '.join(models)}); evaluate it on the models it was trained for")
         return super().bind(kept, pool or self.pool)
 
     def fit(self, train: OutcomeTable, dev: OutcomeTable | None = None, seed: int = 0) -> Self:
@@ -104,7 +105,8 @@ class TrainedDebertaRouter(Router):
 
     def _take_card(self, card: dict[str, Any]) -> None:
         if card["kind"] != self.kind:
-            raise UserError(f"{Path(self.path) / CARD}: kind is {card['kind']!r}, not {self.kind!r}; load it by `path` alone")
+            raise UserError(f"{Path(self.path) / CARD}: kind is {card['kind']!r}, not {self.kind!r}; load it by `path` "
+                            "alone")
         stored = {**card.get("options", {}), **card}
         self.card = {key: value for key, value in card.items() if key not in
                      ("kind", "name", "models", "pool", "base_model", "options", "decision", "created_with")}
@@ -138,6 +140,7 @@ class TrainedDebertaRouter(Router):
         form = self._form()
         context = form == "pool" if self.context is None else self.context
         texts = [prompt_text(p) if context else p.prompt for p in prompts]
+        texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is no text
         if form == "pool":
             known = self.trained_models or self.models
             outputs = network.config.num_labels
@@ -193,9 +196,10 @@ def load_classifier(path: str | Path) -> tuple[Any, Any]:
                 str(folder), local_files_only=True, trust_remote_code=False, output_loading_info=True)
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise MissingSetup(f"{path}: the checkpoint does not load ({first[:200]}); train it again or fetch the whole folder") from None
+        raise MissingSetup(f"{path}: the checkpoint does not load ({first[:200]}); train it again or fetch the whole "
+                           "folder") from None
     if report["missing_keys"]:
         raise UserError(f"{path}: {len(report['missing_keys'])} weights are not in the file (first: "
-                        f"{sorted(report['missing_keys'])[0]}), so its scores would be random; this is a base model, not a "
-                        "trained router: train it with train_deberta.py, or use kind deberta, which fits a head")
+                        f"{sorted(report['missing_keys'])[0]}), so its scores would be random; this is a base model, "
+                        "not a trained router: train it with train_deberta.py, or use kind deberta, which fits a head")
     return network.to(torch_device()).float().eval(), tokenizer

@@ -52,7 +52,7 @@ class EncoderRouter(Router):
     encoder: str | dict = "tfidf"
     cache: str = ""
 
-    constant: np.ndarray | None = field(default=None, init=False, repr=False)  # (M,) value of one-class columns, nan else
+    constant: np.ndarray | None = field(default=None, init=False, repr=False)  # (M,) of one-class columns, nan else
     _encoder: Encoder | None = field(default=None, init=False, repr=False)
 
     def _open_encoder(self) -> Encoder:
@@ -65,8 +65,8 @@ class EncoderRouter(Router):
         self.constant = np.where(np.ptp(labels, axis=0) == 0, labels[0], np.nan)
         for model, value in zip(self.models, self.constant, strict=True):
             if not np.isnan(value):
-                log.warning("router %r: every train prompt gives model %r the same quality (%.3g), so its estimate is that "
-                            "constant; more or harder train prompts are the cure", self.name, model, value)
+                log.warning("router %r: every train prompt gives model %r the same quality (%.3g), so its estimate is "
+                            "that constant; more or harder train prompts are the cure", self.name, model, value)
         held = None if dev is None else (self._encoder.encode([prompt_text(p) for p in dev.prompts]), dev.quality_mean)
         self._fit_vectors(self._encoder.encode(texts), labels, held, seed)
 
@@ -89,7 +89,8 @@ class EncoderRouter(Router):
             self.constant = state["constant"]
             self._set_fitted(state)
         except KeyError as error:
-            raise UserError(f"router {self.name!r}: its weights lack {error}; train or fetch the folder again") from None
+            raise UserError(f"router {self.name!r}: its weights lack {error}; train or fetch the folder "
+                            "again") from None
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
         raise NotImplementedError
@@ -101,8 +102,9 @@ class EncoderRouter(Router):
         self._encoder = self._open_encoder().load(folder)
         stored, found = self.card.get("encoder_identity"), self._encoder.identity
         if stored and stored != found:
-            raise UserError(f"{folder}: it was trained over other encoder weights ({stored}) than {self._base_model()!r} "
-                            f"holds now ({found}); point `encoder` at the former weights or train again")
+            raise UserError(f"{folder}: it was trained over other encoder weights ({stored}) than "
+                            f"{self._base_model()!r} holds now ({found}); point `encoder` at the former weights or "
+                            "train again")
 
     def as_card(self) -> dict[str, Any]:
         return {**super().as_card(), "encoder_identity": self._encoder.identity}
@@ -171,7 +173,8 @@ class KnnRouter(EncoderRouter):
         return np.einsum("bk,bkm->bm", weight / weight.sum(axis=1, keepdims=True), self.labels[near])
 
     def _state(self) -> dict[str, np.ndarray]:
-        return super()._state() | {"vectors": self.vectors, "labels": self.labels, "chosen": np.array(self.chosen, np.float64)}
+        return super()._state() | {"vectors": self.vectors, "labels": self.labels,
+                                   "chosen": np.array(self.chosen, np.float64)}
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
         self.vectors, self.labels = state["vectors"], state["labels"]
@@ -186,8 +189,8 @@ def _unit(x: np.ndarray) -> np.ndarray:
 class LinearRouter(EncoderRouter):
     """A logistic regression per model, on soft labels, with an L2 penalty chosen per model on dev.
 
-    `l2` fixes the penalty (per prompt) instead; `standardise` gives every column of the vectors the same spread. The grid starts so strong that a model without any signal in the
-    prompts keeps a nearly constant estimate.
+    `l2` fixes the penalty (per prompt) instead; `standardise` gives every column of the vectors the same spread. The
+    grid starts so strong that a model without any signal in the prompts keeps a nearly constant estimate.
     """
 
     kind: ClassVar[str] = "linear"

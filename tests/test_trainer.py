@@ -1,0 +1,371 @@
+"""The safety net on a model of ten thousand parameters: what is broken off goes on as if it had not been.
+
+Every test trains in this process except those of ranks and kills, which use `kill_training`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import kill_training as kt
+import pytest
+
+from routewright import checkpoints as ck
+from routewright.errors import MissingSetup, PartialRun, UserError
+
+pytest.importorskip("transformers")
+SEVEN = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
+         "config.json")
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def at_step(step: int, act):
+    """A callback that calls `act()` at the end of one step."""
+    from transformers import TrainerCallback
+
+    class At(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == step:
+                act()
+
+    return At()
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def figures(trainer, result) -> dict:
+    """All that must be equal between a broken and an unbroken run."""
+    from routewright.trainer import train_log
+
+    keep = ("loss", "grad_norm", "learning_rate", "step", "epoch", "eval_loss", "train_loss")
+    return {"log": train_log(trainer.args.output_dir), "train_loss": result.training_loss,
+            "history": [{k: row[k] for k in keep if k in row} for row in trainer.state.log_history],
+            "weights": kt.weights_digest(trainer)}
+
+
+def broken_then_resumed(out: Path, steps: list[int], **options) -> dict:
+    for step in steps:
+        trainer = kt.make(out, **options)
+        trainer.add_callback(at_step(step, sigterm))
+        # The signal arrives in the step after the one named, or in that one, as the thread has it.
+        with pytest.raises(PartialRun, match=r"stopped by SIGTERM after step \d+ of .*checkpoint-\d+"):
+            trainer.run()
+    trainer = kt.make(out, **options)
+    return figures(trainer, trainer.run())
+
+
+def unbroken_run(out: Path, **options) -> dict:
+    trainer = kt.make(out, **options)
+    return figures(trainer, trainer.run())
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return unbroken_run(tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def half_run(tmp_path_factory):
+    """A run folder that was stopped after step 14, with checkpoints of several steps."""
+    out = tmp_path_factory.mktemp("half") / "run"
+    trainer = kt.make(out)
+    trainer.add_callback(at_step(14, sigterm))
+    with pytest.raises(PartialRun):
+        trainer.run()
+    return out
+
+
+@pytest.fixture
+def half(half_run, tmp_path):
+    shutil.copytree(half_run, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+def test_a_run_stopped_twice_equals_an_unbroken_one(tmp_path, unbroken):
+    assert broken_then_resumed(tmp_path / "run", [6, 19]) == unbroken
+    assert len(unbroken["log"]) == 36
+
+
+def test_epoch_names_load_and_the_last_one_is_the_final_model(tmp_path):
+    import torch
+    from transformers import BertForSequenceClassification
+
+    trainer = kt.make(tmp_path / "run", save_strategy="epoch")
+    trainer.run()
+    batch = {k: v for k, v in kt.collate(kt.rows()[:4]).items() if k in ("input_ids", "attention_mask")}
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "run/checkpoint_epoch_3").eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, trainer.model.eval()(**batch).logits)
+    assert sorted(ck.epoch_names(tmp_path / "run")) == [f"checkpoint_epoch_{k}" for k in (1, 2, 3)]
+
+
+def test_length_grouped_order_survives_a_stop_in_a_later_epoch(tmp_path):
+    options = {"train_sampling_strategy": "group_by_length", "gradient_accumulation_steps": 2}
+    assert broken_then_resumed(tmp_path / "b", [10], **options) == unbroken_run(tmp_path / "a", **options)
+
+
+def test_best_model_and_early_stopping_survive_a_stop(tmp_path):
+    from transformers import EarlyStoppingCallback
+
+    def make(out):
+        trainer = kt.make(out, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, num_train_epochs=6,
+                          metric_for_best_model="eval_loss", save_total_limit=1, learning_rate=5e-2)
+        trainer.eval_dataset = kt.rows(16)
+        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+        return trainer
+
+    def figure(trainer):
+        result = trainer.run()
+        return {**figures(trainer, result), "best": Path(trainer.state.best_model_checkpoint).name,
+                "metric": trainer.state.best_metric}
+
+    import unittest.mock
+
+    from transformers import Trainer
+    with unittest.mock.patch.object(Trainer, "_validate_args"):  # the evaluation set is given after the making
+        whole = figure(make(tmp_path / "a"))
+        for step in (15, 24):
+            trainer = make(tmp_path / "b")
+            trainer.add_callback(at_step(step, sigterm))
+            with pytest.raises(PartialRun):
+                trainer.run()
+        assert figure(make(tmp_path / "b")) == whole
+    assert len(whole["log"]) < 72, "early stopping never happened: the test tests nothing"
+
+
+def test_nothing_to_resume_says_so_and_none_keeps_the_old_ones_aside(half, capsys, unbroken):
+    trainer = kt.make(half)
+    assert figures(trainer, trainer.run(resume="none")) == unbroken
+    assert "previous-checkpoint-" in capsys.readouterr().out
+    assert (half / "previous-checkpoint-12").is_dir()
+
+
+def test_a_finished_run_resumes_to_its_end(half, unbroken):
+    kt.make(half).run()
+    trainer = kt.make(half)
+    assert figures(trainer, trainer.run()) == unbroken
+
+
+def test_a_path_resumes_from_there_and_sets_the_later_ones_aside(half, unbroken):
+    trainer = kt.make(half)
+    assert figures(trainer, trainer.run(resume=half / "checkpoint_epoch_1")) == unbroken
+    assert any(p.name.startswith("previous-checkpoint-1") for p in half.iterdir())
+
+
+# ---- damage ---------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def chooser(tmp_path_factory):
+    return kt.make(tmp_path_factory.mktemp("chooser") / "run")
+
+
+@pytest.mark.parametrize("how", ["half", "empty", "missing"])
+@pytest.mark.parametrize("name", SEVEN)
+def test_21_damaged_checkpoints_fall_back_and_a_path_stops_with_the_name(half, chooser, capsys, name, how):
+    steps = [step for step, _ in ck.checkpoints(half)]
+    newest = half / f"checkpoint-{steps[-1]}"
+    file = newest / name
+    if how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2 if how == "half" else 0])
+    chooser.args.output_dir = str(half)
+    with pytest.raises(UserError, match=f"{newest.name}/{name}"):
+        chooser._choose(str(newest))
+    assert chooser._choose("auto").step == steps[-2]
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and name in told and (half / f"torn-{newest.name}").is_dir()
+
+
+def test_a_damaged_newest_checkpoint_does_not_change_the_result(half, unbroken):
+    (ck.checkpoints(half)[-1][1] / "optimizer.pt").write_bytes(b"junk")
+    trainer = kt.make(half)
+    assert figures(trainer, trainer.run()) == unbroken
+
+
+def test_a_folder_of_the_stock_trainer_is_set_aside(half, chooser):
+    newest = ck.checkpoints(half)[-1][1]
+    (newest / ck.MANIFEST).unlink()
+    chooser.args.output_dir = str(half)
+    assert chooser._choose("auto").path != newest and (half / f"torn-{newest.name}").is_dir()
+
+
+# ---- what must not change -------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("change, named", [
+    ({"learning_rate": 2e-2}, "trainer learning_rate: 0.01 then, 0.02 now"),
+    ({"data": kt.rows()[1:]}, "data: .* then, .* now; trainer rows: 48 then, 47 now"),
+    ({"dropout": 0.2}, "config dropout: 0.1 then, 0.2 now"),
+    ({"num_train_epochs": 4}, "num_train_epochs: 3 then, 4 now"),
+    ({"per_device_train_batch_size": 8}, "global batch of 4"),
+])
+def test_changed_data_or_settings_refuse(half, change, named):
+    with pytest.raises(UserError, match=named) as told:
+        kt.make(half, **change).run()
+    assert "--resume none" in str(told.value) and not list(half.glob("previous-*"))
+
+
+def test_half_the_batch_with_twice_the_accumulation_goes_on(half, chooser):
+    chooser.args.output_dir = str(half)
+    found = ck.Checkpoint(half, {"step": 4, "global_batch": 16, "world_size": 2})
+    assert chooser._accumulation_for(found) == 4  # one rank x 4 rows
+    with pytest.raises(UserError, match="the product is 18"):
+        chooser._accumulation_for(ck.Checkpoint(half, {"step": 4, "global_batch": 18, "world_size": 3}))
+
+
+# ---- NaN, memory, disk ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("options", [{}, {"train_sampling_strategy": "group_by_length"}, {"gradient_accumulation_steps": 3}])
+def test_an_inf_loss_stops_before_the_update_and_names_its_row(tmp_path, options):
+    out = tmp_path / "run"
+    trainer = kt.make(out, data=kt.rows(poison=17), save_steps=1, options={"row_names": lambda i: f"row-{i}"}, **options)
+    with pytest.raises(PartialRun, match="loss is .* at step .*row-17") as told:
+        trainer.run()
+    dump = json.loads((out / "nan_batch.json").read_text())
+    assert str(out / "nan_batch.json") in str(told.value)
+    assert "row-17" in dump["ranks"][0]["rows"] and len(dump["ranks"][0]["rows"]) == 4
+    assert dump["step"] == trainer.state.global_step + 1 and dump["value"] in ("inf", "nan")
+    steps = [step for step, _ in ck.checkpoints(out)]
+    assert max(steps, default=0) == trainer.state.global_step
+    if steps:
+        from safetensors.numpy import load_file
+
+        saved = load_file(out / f"checkpoint-{steps[-1]}/model.safetensors")
+        now = {k: v.numpy() for k, v in trainer.model.state_dict().items()}
+        assert all((saved[k] == now[k]).all() for k in saved), "the weights moved after the last good step"
+
+
+def test_a_nan_gradient_with_a_finite_loss_stops_too(tmp_path):
+    trainer = kt.make(tmp_path / "run")
+    poison = lambda: trainer.model.classifier.weight.register_hook(lambda g: g * float("nan"))
+    trainer.add_callback(at_step(5, poison))
+    with pytest.raises(PartialRun, match="gradient norm is nan at step 6"):
+        trainer.run()
+    assert trainer.state.global_step == 5
+
+
+def failing(error, step: int):
+    """A base class whose step fails."""
+    from routewright.trainer import SafeTrainer
+
+    class Fails(SafeTrainer):
+        def training_step(self, *args, **kwargs):
+            if self.state.global_step == step:
+                super().training_step(*args, **kwargs)
+                raise error
+            return super().training_step(*args, **kwargs)
+
+    return Fails
+
+
+def test_out_of_memory_names_the_next_smaller_setting(tmp_path):
+    import torch
+
+    trainer = kt.make(tmp_path / "run", base=failing(torch.OutOfMemoryError("CUDA out of memory"), 2), save_steps=2)
+    with pytest.raises(PartialRun, match=r"out of memory at step 2 with batch size 4 x length \d+; try "
+                       r"--trainer.per_device_train_batch_size 2 --trainer.gradient_accumulation_steps 2 .*checkpoint-2"):
+        trainer.run()
+    trainer = kt.make(tmp_path / "one", base=failing(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0),
+                      per_device_train_batch_size=1)
+    with pytest.raises(PartialRun, match="shorter length"):
+        trainer.run()
+
+
+def test_a_full_disk_in_a_save_keeps_the_last_checkpoint(tmp_path):
+    from routewright.trainer import SafeTrainer
+
+    class Full(SafeTrainer):
+        def _save_optimizer_and_scheduler(self, folder):
+            if self.state.global_step == 8:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            super()._save_optimizer_and_scheduler(folder)
+
+    with pytest.raises(MissingSetup, match="disk is full.*checkpoint-4"):
+        kt.make(tmp_path / "run", base=Full).run()
+    assert [p.name for p in (tmp_path / "run").iterdir() if "checkpoint" in p.name] == ["checkpoint-4"]
+
+
+def test_another_error_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        kt.make(tmp_path / "run", base=failing(RuntimeError("a mistake of ours"), 1)).run()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_ranks_that_would_train_alone_are_refused(tmp_path, monkeypatch):
+    trainer = kt.make(tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="use_cpu"):
+        trainer.run()
+
+
+# ---- processes ------------------------------------------------------------------------------------------------------
+
+def run_kills(folder: Path, kills: int, in_save: int) -> dict:
+    done = subprocess.run(
+        [sys.executable, kt.__file__, "--kills", str(kills), "--in_save", str(in_save), "--folder", str(folder)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def check_kills(told: dict, kills: int, in_save: int) -> None:
+    assert told["kills"] == told["resumes"] == kills and told["in_save"] >= in_save and told["by_hand"] == 0, told
+    assert told["losses_equal"] == told["weights_equal"] == told["runs"], told
+
+
+@pytest.mark.slow
+def test_four_kills_leave_the_same_losses_and_weights(tmp_path):
+    check_kills(run_kills(tmp_path, 4, 2), 4, 2)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(1800)
+def test_thirty_kills_leave_the_same_losses_and_weights(tmp_path):
+    check_kills(run_kills(tmp_path, 30, 8), 30, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["kill", "stop"])
+def test_a_dead_or_hung_rank_takes_the_job_down(tmp_path, action):
+    told = kt.rank_trial(tmp_path, action, timeout=5)
+    assert told["left"] == 0 and told["code"] == 1
+    assert told["seconds"] <= (10 if action == "kill" else 5 + 35), told
+    assert any("rank 1 (pid" in line and ("died" if action == "kill" else "is stopped") in line for line in told["said"])
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_on_a_signal_and_go_on_as_one(tmp_path):
+    told = kt.rank_trial(tmp_path / "run", "term")
+    assert told["left"] == 0 and told["seconds"] < 30 and any("stopped by SIGTERM" in line for line in told["said"])
+    step = ck.newest_verified(tmp_path / "run").step
+    arguments = {"slow_step": 0.0, "per_device_train_batch_size": 2, "max_steps": 100000}
+    trainer = kt.make(tmp_path / "run", **arguments)
+    trainer.add_callback(at_step(step + 2, sigterm))
+    with pytest.raises(PartialRun):
+        trainer.run()
+    assert trainer.args.gradient_accumulation_steps == 2 and trainer.state.global_step >= step + 2
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together_on_an_inf_loss(tmp_path):
+    told = kt.rank_trial(tmp_path / "run", "none", poison=17)
+    assert told["left"] == 0 and told["code"] == 1 and any("loss is" in line and "rows" in line for line in told["said"])
+    dump = json.loads((tmp_path / "run/nan_batch.json").read_text())
+    assert sorted(len(part["rows"]) for part in dump["ranks"]) == [0, 2]
+    assert 17 in [row for part in dump["ranks"] for row in part["rows"]]
