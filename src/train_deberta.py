@@ -21,8 +21,8 @@ Many devices:  NUM_GPUS=4 ./cmd/run_train_deberta.sh ...        (torchrun)
 
 Reads DATA and VAL, or `--cache`. Writes into OUT: the router folder (Hugging Face weights, router.json), the resumable
 checkpoints `checkpoint-<step>` with a name `checkpoint_epoch_<k>` for each epoch's end, train_log.jsonl,
-dev_scores.json and config.resolved.yaml. CoBench's default OUT is `deberta_checkpoints`; here it stands under data/runs/,
-which git ignores. The same line again goes on where a stopped run was.
+dev_scores.json and config.resolved.yaml. CoBench's default OUT is `deberta_checkpoints`; here it stands under
+data/runs/, which git ignores. The same line again goes on where a stopped run was.
 
 MEASURED
 """
@@ -133,8 +133,8 @@ def main(
 
 def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
-    least_values = {"num_labels": 1, "skip_bad": 0, "max_length": 8, "batch_size": 1, "global_batch_size": 0, "epochs": 1,
-                    "patience": 0}
+    least_values = {"num_labels": 1, "skip_bad": 0, "max_length": 8, "batch_size": 1, "global_batch_size": 0,
+                    "epochs": 1, "patience": 0}
     for name, least in least_values.items():
         if given[name] < least:
             raise UserError(f"--{name} must be {least} or more; got {given[name]}")

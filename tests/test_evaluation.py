@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,7 +194,8 @@ def test_folders_keep_the_recorded_splits_while_others_are_fitted_per_seed(cache
     routers = write_routers(tmp_path / "r.yaml", LINEAR, {"name": "folder", "path": str(trained / "honest")})
     results = evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=2, **QUICK)
     assert results["routers"]["folder"]["views"] == ["recorded"]
-    assert results["routers"]["linear"]["views"] == ["seed 0", "seed 1"]
+    assert results["routers"]["linear"]["views"] == results["routers"]["length"]["views"] == ["seed 0", "seed 1"]
+    assert "task table" in results["routers"]["folder"]["points"]["balanced"]["controls"]
 
 
 # ---------------------------------------------------------------- refusals
@@ -275,6 +277,23 @@ def test_shipped_router_files_are_well_formed(root, tmp_path):
 def test_the_short_form_of_a_config_is_read(tmp_path):
     (tmp_path / "one.yaml").write_text("router_type: linear\nname: mine\n")
     assert [(e.name, e.options["kind"]) for e in read_entries(tmp_path / "one.yaml")] == [("mine", "linear")]
+
+
+@pytest.mark.slow
+def test_wandb_holds_scalars_table_image_and_artifact(cache, tmp_path):
+    evaluate(cache=str(cache), router_type="linear", output_dir=str(tmp_path / "out"),
+             **{**QUICK, "plots": True, "wandb": "offline"})
+    run = next((tmp_path / "out" / "wandb").glob("offline-run-*"))
+    done = subprocess.run([str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(run)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)["summary"]
+    results = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert seen["linear/quality"] == results["routers"]["linear"]["points"]["balanced"]["quality"]["value"]
+    assert seen["linear/verdict"] == "beats" and seen["headline"] == results["headline"]["text"]
+    assert "frontier/linear/cost_per_1k" in seen and seen["leaderboard"]["ncols"] > 10
+    assert seen["frontier"]["_type"] == "image-file"
+    assert b"evaluation-" in next(run.glob("*.wandb")).read_bytes()
 
 
 # ---------------------------------------------------------------- the parts, against the plain way

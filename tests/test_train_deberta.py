@@ -26,22 +26,39 @@ from routewright.textfiles import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCHER = ROOT / "cmd" / "run_train_deberta.sh"
-POOL = "name: t\nprices_dated: 2026-11-20\nmodels:\n  - {name: cheap, price_input: 0.1, price_output: 0.4}\n  - {name: strong, price_input: 1.5, price_output: 6.0}\n"
+POOL = """name: t
+prices_dated: 2026-11-20
+models:
+  - {name: cheap, price_input: 0.1, price_output: 0.4}
+  - {name: strong, price_input: 1.5, price_output: 6.0}
+"""
 
 
 def environment(**change):
-    kept = {k: v for k, v in os.environ.items() if k not in ("NUM_GPUS", "PROFILE", "DRY_RUN", "NUM_PROCESSES", "RANK", "WORLD_SIZE")}
+    ours = ("NUM_GPUS", "PROFILE", "DRY_RUN", "NUM_PROCESSES", "RANK", "WORLD_SIZE")
+    kept = {k: v for k, v in os.environ.items() if k not in ours}
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "",
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **change}
 
 
 def launcher(*words, cwd=ROOT, **change):
-    return subprocess.run([str(LAUNCHER), *map(str, words)], cwd=cwd, env=environment(**change), capture_output=True, text=True, timeout=300)
+    return subprocess.run([str(LAUNCHER), *map(str, words)], cwd=cwd, env=environment(**change), capture_output=True,
+                          text=True, timeout=300)
 
 
 def script_run(*words):
     return subprocess.run([sys.executable, str(ROOT / "src" / "train_deberta.py"), *map(str, words)], env=environment(),
                           capture_output=True, text=True, timeout=300)
+
+
+def wait_for_steps(folder, count, process):
+    until = time.monotonic() + 120
+    log = folder / "train_log.jsonl"
+    while time.monotonic() < until and process.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= count:
+            return
+        time.sleep(.02)
+    raise AssertionError(f"{count} steps were not seen; the run ended with {process.poll()}")
 
 
 def losses(folder):
@@ -56,7 +73,8 @@ def rows_file(tmp_path_factory):
     rows = []
     for i in range(160):
         hard = i % 2
-        text = " ".join(random.choice(words, size=int(random.integers(4, 24)))) + (" hard" if hard else " plain") + f" case {i}"
+        text = " ".join(random.choice(words, size=int(random.integers(4, 24))))
+        text += f" {'hard' if hard else 'plain'} case {i}"
         rows.append({"question": text, "llm_id": "cheap", "label": 1 - hard})
     return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
 
@@ -75,7 +93,8 @@ def still_base(tmp_path_factory, rows_file):
     from routewright.router_data import read_pairs
     from routewright.tiny_deberta import build_tiny
 
-    model, tokenizer = build_tiny(read_pairs(rows_file).questions + ["cheap"], 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    model, tokenizer = build_tiny(read_pairs(rows_file).questions + ["cheap"], 2, hidden_dropout_prob=0.0,
+                                  attention_probs_dropout_prob=0.0)
     folder = tmp_path_factory.mktemp("base")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -105,17 +124,20 @@ def test_bad_options_stop_with_one_sentence_and_exit_2(words, told, capsys, tmp_
 
 
 def test_bad_rows_and_one_class_labels_exit_2(tmp_path, capsys):
-    file = write_jsonl(tmp_path / "d.jsonl", [{"question": "a", "llm_id": "m", "label": 1}, {"question": "b", "llm_id": "m", "label": 7}])
+    rows = [{"question": "a", "llm_id": "m", "label": 1}, {"question": "b", "llm_id": "m", "label": 7}]
+    file = write_jsonl(tmp_path / "d.jsonl", rows)
     assert run(script.main, ["--data", str(file), "--check_only"]) == 2
     assert "d.jsonl:2: `label` is 7 but NUM_LABELS is 2" in capsys.readouterr().err
-    file = write_jsonl(tmp_path / "d.jsonl", [{"question": f"unlike the others {i * 977} {chr(97 + i % 26) * 9}", "llm_id": "m", "label": 1} for i in range(80)])
+    rows = [{"question": f"unlike {i * 977} {chr(97 + i % 26) * 9}", "llm_id": "m", "label": 1} for i in range(80)]
+    file = write_jsonl(tmp_path / "d.jsonl", rows)
     assert run(script.main, ["--data", str(file), "--check_only"]) == 2
     assert "labels are 1; a router needs right and wrong answers" in capsys.readouterr().err
 
 
 def test_validation_questions_must_be_new(tmp_path, rows_file):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
-    val = write_jsonl(tmp_path / "val.jsonl", [{"question": "Fresh", "llm_id": "cheap", "label": 0}, {**rows[4], "question": rows[4]["question"].upper()}])
+    val = write_jsonl(tmp_path / "val.jsonl", [{"question": "Fresh", "llm_id": "cheap", "label": 0},
+                                               {**rows[4], "question": rows[4]["question"].upper()}])
     with pytest.raises(UserError, match=r"val.jsonl:2: .*rows.jsonl:5"):
         load_examples(str(rows_file), str(val), "", "auto", 2, 0, print)
 
@@ -183,13 +205,14 @@ def test_dry_run_prints_the_torchrun_line_from_anywhere(folder):
     assert bare[:4] == ["torchrun", "--standalone", "--nproc_per_node=1", "--"]
     assert bare[bare.index("--data") + 1] == str(ROOT / "data" / "sample_data.jsonl")
     assert bare[bare.index("--output_dir") + 1] == str(ROOT / "data" / "runs" / "deberta_checkpoints")
-    done = launcher("data/sample_data.jsonl", "", "tiny", 2, 8, "1e-3", 2, "out", "--seed", 3, cwd=ROOT / folder, DRY_RUN="1", NUM_GPUS="4")
+    done = launcher("data/sample_data.jsonl", "", "tiny", 2, 8, "1e-3", 2, "out", "--seed", 3, cwd=ROOT / folder,
+                    DRY_RUN="1", NUM_GPUS="4")
     words = done.stdout.split()
     assert "--nproc_per_node=4" in words
     flags = dict(zip(words[5::2], words[6::2], strict=True))
     assert (ROOT / folder / flags.pop("--data")).samefile(ROOT / "data" / "sample_data.jsonl")
-    assert flags == {"--model_name": "tiny", "--num_labels": "2", "--batch_size": "8", "--learning_rate": "1e-3", "--epochs": "2",
-                     "--output_dir": "out", "--seed": "3"}
+    assert flags == {"--model_name": "tiny", "--num_labels": "2", "--batch_size": "8", "--learning_rate": "1e-3",
+                     "--epochs": "2", "--output_dir": "out", "--seed": "3"}
 
 
 def test_profiles_and_process_counts():
@@ -199,7 +222,8 @@ def test_profiles_and_process_counts():
     assert "--nproc_per_node=2" in launcher(DRY_RUN="1", PROFILE="cpu", NUM_PROCESSES="2").stdout
     cached = launcher("--cache", "c", DRY_RUN="1").stdout
     assert "--cache c" in cached and "--data" not in cached
-    for code, change in ((2, {"PROFILE": "h200"}), (2, {"NUM_GPUS": "some"}), (2, {"NUM_PROCESSES": "0"}), (4, {"NUM_GPUS": "9"})):
+    for code, change in ((2, {"PROFILE": "h200"}), (2, {"NUM_GPUS": "some"}), (2, {"NUM_PROCESSES": "0"}),
+                         (4, {"NUM_GPUS": "9"})):
         done = launcher(**change)
         assert done.returncode == code and done.stderr.startswith("error: "), change
     done = launcher("a", "b", "c", 2, 16, "2e-5", 3, "out", "ninth")
@@ -214,7 +238,8 @@ def test_mistakes_show_once_with_their_own_exit_code(tmp_path):
     assert time.monotonic() - start < 5
     (tmp_path / "bad.jsonl").write_text('{"question": "a", "llm_id": "m", "label": 1}\n{"question": "b"')
     done = launcher("bad.jsonl", "", "tiny", cwd=tmp_path, NUM_PROCESSES="2")
-    assert done.returncode == 2 and "bad.jsonl:2: not JSON" in done.stderr.splitlines()[-1] and done.stderr.count("not JSON") == 1
+    assert done.returncode == 2 and "bad.jsonl:2: not JSON" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("not JSON") == 1
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
@@ -247,7 +272,8 @@ def test_every_checkpoint_loads_in_the_named_classes_and_the_best_one_is_kept(pa
 
     out, _ = pair_run
     tokenizer = AutoTokenizer.from_pretrained(out)
-    batch = tokenizer(["river stone hard case 3", "winter letter plain"], ["cheap"] * 2, return_tensors="pt", padding=True)
+    texts = ["river stone hard case 3", "winter letter plain"]
+    batch = tokenizer(texts, ["cheap"] * 2, return_tensors="pt", padding=True)
     found = {}
     with torch.no_grad():
         for name in ("checkpoint_epoch_1", "checkpoint_epoch_2", "."):
@@ -261,7 +287,8 @@ def test_every_checkpoint_loads_in_the_named_classes_and_the_best_one_is_kept(pa
 
 
 def test_the_folder_is_a_router(pair_run, rows_file):
-    from routewright.routers.base import load_router, text_hash
+    from routewright.prompts import text_hash
+    from routewright.routers.base import load_router
     from routewright.schema import Prompt
 
     out, _ = pair_run
@@ -270,7 +297,8 @@ def test_the_folder_is_a_router(pair_run, rows_file):
     rows = [json.loads(line) for line in rows_file.read_text().splitlines()]
     estimate = router.estimate([Prompt(str(i), r["question"]) for i, r in enumerate(rows)])
     labels = np.array([r["label"] for r in rows])
-    assert estimate.shape == (160, 1) and script.auroc(labels == 1, estimate[:, 0]) > .9  # polarity: 1 = this model will be right
+    # Polarity: 1 means that this model will be right.
+    assert estimate.shape == (160, 1) and script.auroc(labels == 1, estimate[:, 0]) > .9
     card = json.loads((out / "router.json").read_text())
     assert card["base_model"] == "tiny" and card["kind"] == "trained_deberta"
     trained = set(card["train_prompts"])
@@ -309,7 +337,8 @@ def test_pool_form_learns_a_planted_signal_in_one_pass_per_prompt(tmp_path, cach
 @pytest.mark.slow
 def test_accumulation_and_two_processes_take_the_same_steps(tmp_path, still_base, rows_file):
     """One global batch of 16, cut three ways: whole, as two micro-batches, as two gloo ranks."""
-    common = ["--data", rows_file, "--model_name", still_base, "--epochs", 1, "--learning_rate", "1e-3", "--global_batch_size", 16]
+    common = ["--data", rows_file, "--model_name", still_base, "--epochs", 1, "--learning_rate", "1e-3",
+              "--global_batch_size", 16]
     for name, batch, ranks in (("whole", 16, 1), ("halves", 8, 1), ("ranks", 8, 2)):
         done = launcher(*common, "--batch_size", batch, "--output_dir", tmp_path / name, NUM_PROCESSES=str(ranks))
         assert done.returncode == 0, done.stderr
@@ -323,8 +352,8 @@ def test_accumulation_and_two_processes_take_the_same_steps(tmp_path, still_base
 
 @pytest.mark.slow
 def test_bf16_balanced_compat_and_one_output(tmp_path, rows_file):
-    done = script_run("--data", rows_file, "--form", "pair_compat", "--model_name", "tiny", "--epochs", 1, "--precision", "bf16",
-                      "--class_weights", "balanced", "--output_dir", tmp_path / "a")
+    done = script_run("--data", rows_file, "--form", "pair_compat", "--model_name", "tiny", "--epochs", 1,
+                      "--precision", "bf16", "--class_weights", "balanced", "--output_dir", tmp_path / "a")
     assert done.returncode == 0, done.stderr
     from transformers import AutoTokenizer
     assert "<SEP>" in AutoTokenizer.from_pretrained(tmp_path / "a").get_vocab()
@@ -338,15 +367,10 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, rows_file):
     words = ["--data", str(rows_file), "--model_name", "tiny", "--epochs", "3", "--output_dir"]
     assert script_run(*words, tmp_path / "whole").returncode == 0
     broken = tmp_path / "broken"
-    process = subprocess.Popen([sys.executable, str(ROOT / "src" / "train_deberta.py"), *words, str(broken)], env=environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    wanted = len(losses(tmp_path / "whole")) // 2
-    until = time.monotonic() + 120
-    while time.monotonic() < until and process.poll() is None:
-        if (broken / "train_log.jsonl").exists() and (broken / "train_log.jsonl").read_text().count("\n") >= wanted:
-            break
-        time.sleep(.02)
-    assert process.poll() is None, "it ended before it could be killed"
+    process = subprocess.Popen([sys.executable, str(ROOT / "src" / "train_deberta.py"), *words, str(broken)],
+                               env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                               start_new_session=True)
+    wait_for_steps(broken, len(losses(tmp_path / "whole")) // 2, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (broken / "router.json").exists()
@@ -354,3 +378,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, rows_file):
     assert losses(broken) == losses(tmp_path / "whole")
     assert (broken / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
     shutil.rmtree(broken)
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_job_down_with_exit_3_and_no_orphans(tmp_path, rows_file):
+    out = tmp_path / "router"
+    words = ["--data", rows_file, "--model_name", "tiny", "--epochs", 60, "--patience", 0, "--output_dir", out]
+    with open(tmp_path / "err", "w") as said:
+        process = subprocess.Popen([str(LAUNCHER), *map(str, words)], env=environment(NUM_PROCESSES="2"), stderr=said,
+                                   stdout=subprocess.DEVNULL)
+        wait_for_steps(out, 8, process)
+        ranks = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        ranks = [p for p in ranks if b"train_deberta.py" in Path(f"/proc/{p}/cmdline").read_bytes()]
+        assert len(ranks) == 2
+        os.kill(ranks[1], signal.SIGKILL)
+        start = time.monotonic()
+        assert process.wait(timeout=60) == 3
+    assert time.monotonic() - start < 15  # 10 s on a machine of its own
+    assert not any(Path(f"/proc/{p}").exists() for p in ranks)
+    assert "died; run the same command again" in (tmp_path / "err").read_text()

@@ -36,6 +36,13 @@ def theme(dark: bool = False) -> dict[str, Any]:
         "text": {"color": ink, "fontSize": 12}, "title": {"color": ink, "anchor": "start", "fontSize": 14}}
 
 
+def in_order(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results with models in pool order and routers as they were named: a JSON file has its keys sorted."""
+    order = results["order"]
+    return {**results, "models": {n: results["models"][n] for n in order["models"]},
+            "routers": {n: results["routers"][n] for n in order["routers"]}}
+
+
 def short_names(results: Mapping[str, Any]) -> dict[str, str]:
     """Model -> its name without the maker's folder ("mistralai/"), where that leaves the names distinct."""
     cut = {name: name.rsplit("/", 1)[-1] for name in results["models"]}
@@ -71,7 +78,9 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
     lowest = min([results["models"][m]["quality"]["value"] for m in worth_naming(results)]
                  + [q for r in results["routers"].values() for q in r["curve"]["lo"] if q is not None])
     y = {"field": "quality", "type": "quantitative", "title": "quality", "axis": {"format": ".0%", "tickCount": 6},
-         "scale": {"zero": False, **({"domainMin": max(0.0, lowest - 0.01)} if len(results["models"]) > MOST_NAMES else {})}}
+         "scale": {"zero": False}}
+    if len(results["models"]) > MOST_NAMES:
+        y["scale"]["domain"] = [max(0.0, lowest - 0.01), min(1.0, results["oracle"]["quality"]["value"] + 0.03)]
     colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette},
               "legend": {"symbolType": "stroke", "symbolStrokeWidth": 4, "symbolSize": 220, "symbolOpacity": 1}}
     curve_rows, point_rows = [], []
@@ -143,7 +152,7 @@ def shares(results: Mapping[str, Any]) -> dict[str, Any]:
 def budget(results: Mapping[str, Any], router: str) -> dict[str, Any]:
     """How one router spreads its calls as the budget grows."""
     settings = results["routers"][router]["settings"]
-    called = [dict(zip(results["models"], share, strict=True)) for share in settings["shares"]]
+    called = [dict(zip(results["order"]["models"], share, strict=True)) for share in settings["shares"]]
     named = _most_called(results, called)
     rows, seen = [], set()
     for cost, at in sorted(zip(settings["test_cost_per_1k"], range(len(called)), strict=True)):
@@ -191,7 +200,8 @@ def tasks(results: Mapping[str, Any], router: str) -> dict[str, Any] | None:
     rows = [{"task": name or "(no task)", "n": t["n"], "cost": t["cost_per_1k"]["value"],
              "difference": 100 * t["versus_best_single"]["value"], "lo": 100 * t["versus_best_single"]["lo"],
              "hi": 100 * t["versus_best_single"]["hi"], "verdict": t["versus_best_single"]["verdict"]}
-            for name, t in found.items() if t["versus_best_single"]["lo"] is not None][:MOST_TASKS]
+            for name, t in found.items() if t["versus_best_single"]["lo"] is not None]
+    rows = sorted(rows, key=lambda r: -r["n"])[:MOST_TASKS]
     if len(rows) < FEWEST_TASKS:
         return None
     y = {"field": "task", "type": "nominal", "title": None, "sort": [r["task"] for r in rows],

@@ -74,9 +74,9 @@ def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_
     entries = _complete(entries)
     table = OutcomeTable.load(cache, pool, models)
     views, recorded = make_views(table, seeds, (train_split, dev_split, test_split), entries, notes)
-    overlaps = _check_views(table, views, notes)
+    _check_views(table, views, notes)
     made = [(entry, _make(entry)) for entry in entries]  # every mistake of a file shows before any work starts
-    overlaps += _check_trained(table, views[recorded] if recorded is not None else None, made, allow_overlap)
+    overlaps = _check_trained(table, views[recorded] if recorded is not None else None, made, allow_overlap)
     rules = Rules(_reward(reward, cost_weight, table, views), n_settings, n_resamples, level)
     contestants, timing = _estimate_all(table, views, recorded, made)
     began_scoring = time.perf_counter()
@@ -184,6 +184,8 @@ def _complete(entries: list[Entry]) -> list[Entry]:
     if not kept:
         raise UserError(f"{entries[0].where}: only controls are named, and those stand in every report; name a router "
                         "to be judged, such as {name: knn, kind: knn}")
+    if len(kept) < len(entries):
+        print(f"{', '.join(e.name for e in entries if e not in kept)}: in every report already", flush=True)
     labels = {"group_table": "task table", "knn": "kNN control"}
     for kind in CONTENT_CONTROLS:
         if not any(e.options.get("kind") == kind for e in kept):
@@ -267,7 +269,7 @@ def _view(name: str, seed: int, table: OutcomeTable, own: Sequence[str], splits:
     return View(name, seed, *rows)
 
 
-def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -> list[dict[str, Any]]:
+def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -> None:
     """Refuse a view whose train or dev prompts stand in its test prompts too."""
     from routewright.prompts import check_no_overlap
 
@@ -275,16 +277,14 @@ def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -
     if not near:
         notes.append(f"{table.n} prompts: the splits were checked for exact duplicates and shared groups, not for near "
                      "duplicates")
+    grouped = any(p.group not in ("", p.prompt_id) for p in table.prompts)  # near-duplicates were looked for already
     for view in views:
-        groups = [table.prompts[i].group for i in range(table.n)]
         learnt = np.concatenate([view.train, view.dev])
         if set(learnt.tolist()) & set(view.test.tolist()):
             raise UserError(f"{view.name}: the test split is also a train or dev split; name three different splits")
-        grouped = len(set(groups)) < table.n  # groups keep near-duplicates together already
         check_no_overlap([table.prompts[i] for i in view.test], [table.prompts[i] for i in learnt],
                          f"the test split ({view.name})", "the train and dev splits",
                          near=near and (not grouped or view.name == "recorded"))
-    return []
 
 
 def _check_trained(table: OutcomeTable, view: View | None, made: Sequence[tuple[Entry, Any]],
@@ -322,9 +322,10 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
                   made: Sequence[tuple[Entry, Any]]) -> tuple[list[Contestant], dict[str, Any]]:
     """Fit what can be fitted and estimate every dev and test prompt. Returns contestants and measured seconds."""
     contestants, timing = [], {}
-    several = len(views) - (0 if recorded is None else 1) > 1 or (recorded is not None and len(views) > 1)
     for entry, router in made:
-        own = [recorded] if entry.path else [i for i in range(len(views)) if not (several and i == recorded)]
+        # Routers from folders know the recorded view only, the others the seeds; controls stand beside both.
+        seeds = [i for i in range(len(views)) if i != recorded or len(views) == 1]
+        own = [recorded] if entry.path else [*range(len(views))] if entry.is_control else seeds
         found, fit_s, per_prompt = {}, 0.0, []
         for turn, i in enumerate(own):
             view = views[i]
@@ -344,7 +345,8 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
                  "base_model": router.card.get("base_model", ""), "trained_on": router.card.get("cache_fingerprint", "")}
         learns = router.needs_training or entry.path
         whole = None if learns else router.estimate(table.prompts)[:, [router.models.index(m) for m in table.models]]
-        contestants.append(Contestant(entry.name, router.kind, entry.is_control, found, facts, whole))
+        contestants.append(Contestant(entry.name, router.kind, entry.is_control, found, facts, whole,
+                                      () if entry.path else tuple(seeds)))
     return contestants, {"routers": timing}
 
 

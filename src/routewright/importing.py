@@ -29,8 +29,7 @@ from routewright.outcomes import SPLITS, fingerprint, read_outcomes, write_outco
 from routewright.pool import Pool, estimate_tokens
 from routewright.prompts import assign_splits, check_text, group_near_duplicates
 from routewright.schema import Outcome, TokenUsage
-from routewright.textfiles import _parse as parse_row
-from routewright.textfiles import nearest, need_file, open_text, read_jsonl, write_atomic, write_json
+from routewright.textfiles import nearest, need_file, open_text, parse_row, read_jsonl, write_atomic, write_json
 
 CACHE_FILE = "outcomes.jsonl.gz"
 LENGTH_OF_UNKNOWN = 1  # output tokens where neither tokens, nor text, nor a length was recorded: one letter

@@ -78,6 +78,9 @@ def run(main: Callable[..., Any], argv: list[str]) -> int:
         return _tell(f"{'stopped' if isinstance(error, PartialRun) else 'error'}: {error}", error.exit_code, speaks, debug)
     except KeyboardInterrupt:
         return _tell("interrupted", 130, speaks, debug)
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:  # a defect of ours: one line, and the way to the rest
         frame = _last_frame(error)
         return _tell(f"internal error: {type(error).__name__}: {error} (at {frame}); run again with --debug for the "

@@ -72,6 +72,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     Returns {text, detail, router, tone}: tone is good, mixed or bad. The router spoken of is picked on dev (the lowest
     cost at which it reaches the best single model's quality there), never by its test scores.
     """
+    results = charts.in_order(results)
     routers = {n: r for n, r in results["routers"].items() if not r["control"]}
     best, level = short_names(results)[results["best_single"]], _level(results)
     reaching = {n: r for n, r in routers.items() if all(r["parity_reached_on_dev"])
@@ -137,6 +138,7 @@ def short_names(results: Mapping[str, Any]) -> dict[str, str]:
 
 def leaderboard_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
     """(columns, rows) of plain values: routers, content controls, models, mix and oracle. For W&B and for the tables."""
+    results = charts.in_order(results)
     rows: list[list[Any]] = []
     for name, router in results["routers"].items():
         b, p = router["points"]["balanced"], router["points"]["parity"]
@@ -237,6 +239,7 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
 
 def terminal(results: Mapping[str, Any]) -> None:
     """Print the leaderboard."""
+    results = charts.in_order(results)
     from rich.console import Console
     from rich.table import Table
 
@@ -275,6 +278,7 @@ def terminal(results: Mapping[str, Any]) -> None:
 
 def chart_specs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The charts of this evaluation by file name."""
+    results = charts.in_order(results)
     specs = {"frontier": charts.frontier(results), "shares": charts.shares(results), "calibration": charts.calibration(results)}
     lead = results["headline"]["router"]
     if lead is not None:
@@ -288,6 +292,7 @@ def chart_specs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping[str, Any], provenance: Mapping[str, Any],
          timing: Mapping[str, Any]) -> str:
     """The page: everything inline, nothing fetched. Prompts and answers are escaped."""
+    results = charts.in_order(results)
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)

@@ -75,6 +75,11 @@ class Contestant:
     estimates: dict[int, Estimates]
     facts: dict[str, Any] = field(default_factory=dict)  # what the report tells about it: options, folder, training
     whole: np.ndarray | None = None  # (N of the whole table, M) where nothing was learnt from the cache
+    scored: tuple[int, ...] = ()  # the views its own scores are averaged over; () for all it has estimates in
+
+    @property
+    def views(self) -> list[int]:
+        return list(self.scored or self.estimates)
 
 
 @dataclass
@@ -415,7 +420,8 @@ class _Scorer:
     # ------------------------------------------------------------ the whole
 
     def results(self) -> dict[str, Any]:
-        return {"models": self._models(), "oracle": self._oracle(), "mix": self._mix(), "grid": [clean(c) for c in self.grid],
+        return {"order": {"models": list(self.table.models), "routers": [c.name for c in self.contestants]},
+                "models": self._models(), "oracle": self._oracle(), "mix": self._mix(), "grid": [clean(c) for c in self.grid],
                 "best_single": self._best_single(), "level": self.rules.level, "n_resamples": self.rules.n_resamples,
                 "views": [{"name": v.name, "seed": v.seed, "train": len(v.train), "dev": len(v.dev), "test": len(v.test)}
                           for v in self.views],
@@ -460,7 +466,7 @@ class _Scorer:
         return found
 
     def _contestant(self, contestant: Contestant) -> dict[str, Any]:
-        at = list(contestant.estimates)
+        at = contestant.views
         heights = [self._curve(contestant.name, i, np.broadcast_to(self.grid, self.hulls[i].shape)) for i in at]
         areas = [self._area(h) for h in heights]
         band = np.mean(heights, axis=0)
@@ -482,7 +488,7 @@ class _Scorer:
         }
 
     def _point(self, contestant: Contestant, point: str) -> dict[str, Any]:
-        name, at = contestant.name, list(contestant.estimates)
+        name, at = contestant.name, contestant.views
         handles = [self.places[name, i].points[point] for i in at]
         quality, cost = [self.board[h["quality"]] for h in handles], [self.board[h["cost"]] for h in handles]
         reward = [self.board[h["reward"]] for h in handles]
@@ -526,7 +532,7 @@ class _Scorer:
 
     def _controls(self, contestant: Contestant, point: str, quality: list, cost: list, shares: list) -> dict[str, Any]:
         """Quality of each control at this router's cost, and the paired difference router minus control."""
-        at = list(contestant.estimates)
+        at = contestant.views
         found: dict[str, list[np.ndarray]] = {"shuffled": [], "fixed split": []}
         for i, c, share in zip(at, cost, shares, strict=True):
             world_quality = self.board[self.world[i]["quality"]]
@@ -544,8 +550,8 @@ class _Scorer:
     def _usage(self, contestant: Contestant, point: str) -> dict[str, Any]:
         """Tokens, latency and overhead per prompt; None where nobody recorded them."""
         tokens, latency, overhead = [], [], []
-        for i, est in contestant.estimates.items():
-            test, run = self.splits[i][2], self.swept[contestant.name, i]
+        for i in contestant.views:
+            est, test, run = contestant.estimates[i], self.splits[i][2], self.swept[contestant.name, i]
             rows, picks = np.arange(test.n), run.decisions[run.chosen[point]]
             tokens.append((test.input_tokens[rows, picks] + test.output_tokens[rows, picks]).mean())
             latency.append(test.latency[rows, picks].mean())
@@ -556,7 +562,7 @@ class _Scorer:
     def _collapse(self, contestant: Contestant, point: str) -> dict[str, Any]:
         """Signs of a router that reads nothing: one model for (nearly) all, or a table of tasks in disguise."""
         found = []
-        for i in contestant.estimates:
+        for i in contestant.views:
             test, run = self.splits[i][2], self.swept[contestant.name, i]
             found.append(metrics.collapse(run.decisions[run.chosen[point]], self.table.m, [p.task for p in test.prompts]))
         return {"largest_share": clean(np.mean([c.top_share for c in found])),
@@ -629,8 +635,8 @@ class _Scorer:
         models = np.array(self.table.models, dtype=object)
         ids = [np.array([p.prompt_id for p in test.prompts], dtype=object) for _, _, test in self.splits]
         for contestant in self.contestants:
-            for i, est in contestant.estimates.items():
-                test, run = self.splits[i][2], self.swept[contestant.name, i]
+            for i in contestant.views:
+                est, test, run = contestant.estimates[i], self.splits[i][2], self.swept[contestant.name, i]
                 rows, place = np.arange(test.n), np.zeros(self.table.m, np.int64)
                 place[est.columns] = np.arange(len(est.columns))
                 for point in POINTS:

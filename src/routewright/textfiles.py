@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 if not line.strip():
                     continue
                 seen = True
-                yield number, _parse(line, f"{path}:{number}", torn=not line.endswith("\n"))
+                yield number, parse_row(line, f"{path}:{number}", torn=not line.endswith("\n"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number + 1}: not valid UTF-8 ({error.reason} at byte {error.start}); re-save the file as UTF-8") from None
     except (EOFError, gzip.BadGzipFile) as error:
@@ -66,7 +67,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: the file is empty; one JSON object per line is needed")
 
 
-def _parse(line: str, where: str, torn: bool) -> dict[str, Any]:
+def parse_row(line: str, where: str, torn: bool = False) -> dict[str, Any]:
+    """The object of one JSON line. Raises UserError that starts with `where`; `torn` says that the line has no end."""
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)
         if len(found) != len(items):
@@ -100,7 +102,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     # YAML 1.1 wants a dot in a float; people write 1e-5.
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        __import__("re").compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+0123456789."))
+        re.compile(r"^[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+0123456789."))
 
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()

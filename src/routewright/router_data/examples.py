@@ -121,5 +121,5 @@ def check_apart(train: PairData, held: PairData) -> None:
               if (key := normalise(question)) in seen]
     if shared:
         here, there = shared[0]
-        raise UserError(f"{held.source}:{here}: this question is also in the training rows ({train.source}:{there}), as "
-                        f"are {len(shared) - 1} more; remove them, or leave VAL empty to hold rows out by group")
+        raise UserError(f"{held.source}:{here}: this question is also in the training rows ({train.source}:{there}), "
+                        f"as are {len(shared) - 1} more; remove them, or leave VAL empty to hold rows out by group")

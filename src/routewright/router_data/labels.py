@@ -29,8 +29,8 @@ def check_labels(data: PairData, num_labels: int) -> list[str]:
                         f"chosen (--num_labels {max(share) + 1} would do)")
     if min(share.values()) < RARE_SHARE:
         table = ", ".join(f"label {k}: {c} rows ({c / len(data):.1%})" for k, c in zip(values, counts, strict=True))
-        warnings.append(f"{data.source}: heavily uneven labels: {table}; --class_weights balanced evens them out in the "
-                        "loss")
+        warnings.append(f"{data.source}: heavily uneven labels: {table}; --class_weights balanced evens them out in "
+                        "the loss")
     warnings += _contradictions(data)
     return warnings
 

@@ -75,14 +75,14 @@ def _rows(path: str | Path, skip_bad: int, skipped: list[str]) -> Iterator[tuple
     if not skip_bad:
         yield from read_jsonl(path)
         return
-    from routewright.textfiles import _parse
+    from routewright.textfiles import parse_row
 
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                row = _parse(line, f"{path}:{number}", torn=not line.endswith("\n"))
+                row = parse_row(line, f"{path}:{number}", torn=not line.endswith("\n"))
             except UserError as error:
                 _skip(error, skip_bad, skipped)
                 continue
