@@ -50,7 +50,7 @@ def main(
         return
     recipes = _chosen(models, quick)
 
-    problems = samplepool.cache_problems(seed, prompts)
+    problems = samplepool.cache_problems(seed, prompts, samplepool.QUICK_RECIPES if quick else samplepool.RECIPES)
     asked = [problem.as_prompt(i) for i, problem in enumerate(problems)]
     groups = group_near_duplicates([p.prompt for p in asked])
     splits = assign_splits(groups, salt="sample")

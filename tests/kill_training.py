@@ -238,11 +238,15 @@ def rank_trial(out: Path, action: str, timeout: int = 10, ranks: int = 2, steps:
                               "killagent": (agent.pid, signal.SIGKILL)}[action]
             os.kill(target, number)
         begun, until = time.monotonic(), time.monotonic() + limit
+        gone: dict[str, float] = {}
         while time.monotonic() < until and (agent.poll() is None or any(map(alive, pids))):
             time.sleep(0.1)
+            for rank, pid in enumerate(pids):
+                if not alive(pid):
+                    gone.setdefault(f"rank {rank}", round(time.monotonic() - begun, 1))
         pids = [int(p.read_text()) for p in sorted(out.glob("pid_*"))]
-        return {"action": action, "seconds": round(time.monotonic() - begun, 1), "code": agent.poll(),
-                "left": sum(map(alive, pids)), "said": [
+        return {"action": action, "seconds": round(time.monotonic() - begun, 1), "ranks_gone": gone,
+                "code": agent.poll(), "left": sum(map(alive, pids)), "said": [
                     line for line in said.read_text().splitlines() if line.startswith(("rank ", "stopped", "warning"))]}
     finally:
         for pid in (*pids, agent.pid):

@@ -171,17 +171,16 @@ def test_a_router_that_saw_the_test_prompts_is_refused_or_reported(cache, traine
 
 
 def test_run_and_evaluate_are_one_evaluation(root, cache, trained, tmp_path):
-    def scores(script, *flags):
-        out = tmp_path / script
-        done = subprocess.run([sys.executable, str(root / "src" / script), "--cache", str(cache), "--router_type", "linear",
-                               "--router_model_path", str(trained / "honest"), "--output_dir", str(out), "--wandb", "off",
-                               "--n_resamples", "50", *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return json.loads((out / "comparison.json").read_text()), (out / "config.resolved.yaml").exists()
-
-    (one, saved), (other, _) = scores("run.py"), scores("evaluate.py", "--plots", "false")
-    assert one == other and saved
-    assert one["routers"]["honest"]["facts"]["source"].endswith("honest")
+    out = tmp_path / "run"
+    done = subprocess.run([sys.executable, str(root / "src" / "run.py"), "--cache", str(cache), "--router_type", "linear",
+                           "--router_model_path", str(trained / "honest"), "--output_dir", str(out), "--wandb", "off",
+                           "--n_resamples", "50"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (out / "config.resolved.yaml").exists()
+    same = evaluate(cache=str(cache), router_type="linear", router_model_path=str(trained / "honest"),
+                    output_dir=str(tmp_path / "evaluate"), n_resamples=50, plots=False, wandb="off")
+    assert json.loads((out / "comparison.json").read_text()) == same
+    assert same["routers"]["honest"]["facts"]["source"].endswith("honest")
 
 
 def test_a_folder_of_another_kind_is_refused(cache, trained, tmp_path):

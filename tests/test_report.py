@@ -60,6 +60,15 @@ def test_headline_of_a_saving(results):
     assert said["tone"] == "good" and said["router"] == "linear" and "5.0 points above the best random mix" in said["detail"]
 
 
+def test_headline_where_equal_quality_is_not_shown(results):
+    reach(results, linear=0.4)
+    parity(results, cost_ratio=(0.41, 0.36, 0.46, None), quality_difference=(-0.014, -0.046, 0.021, "ties"),
+           versus_mix=(0.05, 0.03, 0.07, "beats"))
+    said = report.headline(results)
+    assert said["text"].endswith("of strong, the best single model, for \u22121.4 points of quality.") and said["tone"] == "mixed"
+    assert "cannot tell the two qualities apart" in said["detail"]
+
+
 def test_the_router_of_the_headline_is_picked_on_dev(results):
     reach(results, linear=0.7, second=0.6)
     parity(results, "linear", cost_ratio=(0.1, 0.1, 0.1, None), quality_difference=(0.1, 0.1, 0.1, "beats"))
@@ -89,7 +98,7 @@ def test_headline_where_nobody_reaches_the_best_model(results):
     point = results["routers"]["second"]["points"]["balanced"]
     point["versus_mix"] |= {"value": -0.02, "lo": -0.03, "hi": -0.01, "verdict": "loses"}
     said = report.headline(results)
-    assert said["text"].startswith("No router reaches the quality of strong") and said["tone"] == "bad"
+    assert said["text"].startswith("No router is shown to match strong") and said["tone"] == "bad"
     assert said["router"] == "second" and "2.0 points below the best random mix" in said["detail"]
 
 

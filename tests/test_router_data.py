@@ -91,7 +91,8 @@ def test_shares_for_one_output(tmp_path):
 
 def pairs(labels, questions=None):
     n = len(labels)
-    return PairData(questions or [f"question {i}" for i in range(n)], ["m"] * n, np.asarray(labels), list(range(1, n + 1)), "d.jsonl")
+    questions = questions or [f"question {i}" for i in range(n)]
+    return PairData(questions, ["m"] * n, np.asarray(labels), list(range(1, n + 1)), "d.jsonl")
 
 
 def test_one_class_stops_and_imbalance_warns_with_the_table():
@@ -115,12 +116,14 @@ def test_soft_labels_without_variation():
 def test_weights_even_the_classes_out():
     labels = np.array([0] * 9 + [1])
     weights = router_data.class_weights(labels, 3)
-    assert weights[2] == 0 and weights[0] * 9 == pytest.approx(weights[1] * 1) and weights[labels].mean() == pytest.approx(1)
+    assert weights[2] == 0 and weights[0] * 9 == pytest.approx(weights[1] * 1)
+    assert weights[labels].mean() == pytest.approx(1)
     assert router_data.positive_weights(np.array([[.25, 1.0], [.25, 1.0]])).tolist() == [3.0, 1 / 20]
 
 
 def test_hold_out_is_stable_and_keeps_duplicates_together():
-    texts = [f"Question number {i} about {'apples pears plums'.split()[i % 3]} and {i * 37 % 101} more" for i in range(200)]
+    fruit = "apples pears plums".split()
+    texts = [f"Question number {i} about {fruit[i % 3]} and {i * 37 % 101} more" for i in range(200)]
     texts += texts[:50]
     train, dev = router_data.hold_out(texts, .1)
     assert sorted([*train, *dev]) == list(range(250)) and 5 <= len(dev) <= 60
@@ -132,7 +135,8 @@ def test_hold_out_is_stable_and_keeps_duplicates_together():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(1, 512), min_size=1, max_size=400), st.integers(1, 33), st.integers(0, 5), st.integers(0, 3))
+@given(st.lists(st.integers(1, 512), min_size=1, max_size=400), st.integers(1, 33), st.integers(0, 5),
+       st.integers(0, 3))
 def test_an_epoch_sees_every_row_in_whole_batches_and_is_a_function_of_seed_and_epoch(lengths, batch, seed, epoch):
     order = LengthGroupedOrder(lengths, batch, seed)
     order.set_epoch(epoch)
@@ -170,7 +174,8 @@ def test_order_pads_little_and_changes_with_the_epoch():
 def test_batches_are_padded_to_their_longest():
     rows = router_data.with_labels([{"input_ids": [5, 6, 7]}, {"input_ids": [8]}], np.array([[.5, 1.0], [0.0, 0.25]]))
     batch = router_data.PadBatch(pad_id=0)(rows)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]] and batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].shape == (2, 2) and "token_type_ids" not in batch
     assert router_data.PadBatch(0, multiple=8)(rows)["input_ids"].shape == (2, 8)
     assert router_data.PadBatch(0, fixed_length=16)(rows)["input_ids"].shape == (2, 16)
@@ -198,7 +203,12 @@ class TestTiny:
 
     def test_saved_and_loaded(self, tmp_path):
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer, DebertaV2ForSequenceClassification, DebertaV2Tokenizer
+        from transformers import (
+            AutoModelForSequenceClassification,
+            AutoTokenizer,
+            DebertaV2ForSequenceClassification,
+            DebertaV2Tokenizer,
+        )
 
         from routewright.tiny_deberta import build_tiny, check_tokenizer
 

@@ -15,6 +15,7 @@ from routewright import charts
 
 NONE = "n/a"
 THIN, MINUS = "\u00a0", "\u2212"  # a blank that does not break, a minus as long as a plus
+MARGIN = 0.02  # two points of quality: as much as an interval may reach below 0 and still be called the same quality
 COLUMNS = ("router", "role", "verdict", "versus_mix_points", "versus_mix_lo", "versus_mix_hi", "quality", "quality_lo",
            "quality_hi", "usd_per_1k", "cost_ratio", "parity_cost_ratio", "parity_cost_ratio_lo", "parity_cost_ratio_hi",
            "parity_quality_points", "aiq", "aiq_verdict", "regret", "arena", "largest_share")
@@ -90,6 +91,9 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
                       f"at {cost} of its cost."), "bad"
     elif gap["verdict"] == "beats":
         text = f"{name} answers better than {best}, the best single model, at {cost} of its cost."
+    elif gap["lo"] is not None and gap["lo"] < -MARGIN:  # a wide interval around 0 is no proof of equal quality
+        text, tone = f"{name} costs {cost} of {best}, the best single model, for {points(gap['value'])} points of quality.", "mixed"
+        detail = f"These prompts cannot tell the two qualities apart ({level} of the difference: {span(gap, points)} points)."
     else:
         text = f"At the best single model's quality, {name} costs {cost} of it."
     if ratio["hi"] is not None and ratio["hi"] >= 1:

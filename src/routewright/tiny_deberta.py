@@ -104,9 +104,9 @@ def check_tokenizer(tokenizer: Any, texts: Sequence[str], source: str | Path) ->
     ids = [i for row in tokenizer(probe, add_special_tokens=False)["input_ids"] for i in row]
     unknown = sum(i == tokenizer.unk_token_id for i in ids) / max(1, len(ids))
     if unknown > 0.5 or not ids:
-        raise MissingSetup(f"{source}: its tokenizer knows {len(tokenizer)} tokens and reads {unknown:.0%} of your text "
-                           "as unknown; a vocabulary file (spm.model or tokenizer.json) is missing, so download the base "
-                           "model again (`pip install sentencepiece` is needed for DeBERTa-v3)")
+        raise MissingSetup(f"{source}: its tokenizer knows {len(tokenizer)} tokens and reads {unknown:.0%} of your "
+                           "text as unknown; a vocabulary file (spm.model or tokenizer.json) is missing, so download "
+                           "the base model again (`pip install sentencepiece` is needed for DeBERTa-v3)")
 
 
 def _runs(text: str) -> list[str]:

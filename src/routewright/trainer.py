@@ -333,6 +333,7 @@ class SafetyNet:
             told = self._watch.unwell()
             if told:
                 self._watch.end_stopped()
+                self._watch.leave(3)  # enough for the message; the interpreter's own end takes 6 s on a busy machine
                 # Rank 0 speaks for all, unless it is the one that is gone.
                 if 0 in self._watch.peers:
                     print(f"rank {self.args.process_index}: {told}", file=sys.stderr, flush=True)
