@@ -33,7 +33,7 @@ def main(
     train_split: str = "train",  # split that routers are fitted on
     dev_split: str = "dev",  # split that settings are chosen on
     test_split: str = "test",  # split that scores are reported on
-    seeds: int | list[int] = 1,  # a count, or a list: each seed divides the prompts anew and refits; 1 keeps recorded splits
+    seeds: int | list[int] = 1,  # a count or a list; each divides the prompts anew and refits; 1 keeps recorded splits
     allow_overlap: bool = False,  # score routers that were trained on test prompts, and say so in the report
     # Scoring
     reward: str = "linear",  # linear, binary, capped, offline_dpo, xrouter_code, xrouter_readme

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +65,7 @@ def main(
     cache: str = "",  # train on an outcome cache instead: its train split, validated on its dev split
     output_dir: str = "data/runs/deberta_checkpoints",  # the router folder and its checkpoints
     # Data
+    split_seed: int | None = None,  # divide the cache anew, as evaluate.py --seeds does; none: its recorded splits
     form: Literal["auto", "pair", "pair_compat", "pool"] = "auto",  # auto: pool for a cache, pair for rows
     num_labels: int = 2,  # classes of `label` in pair form; 1 takes shares in [0, 1]
     skip_bad: int = 0,  # bad rows to pass over before stopping
@@ -96,7 +97,7 @@ def main(
     extra = check_options(locals())
     out = Path(output_dir)
 
-    train, dev, source = router_data.load_examples(data, val, cache, form, num_labels, skip_bad, say)
+    train, dev, source = router_data.load_examples(data, val, cache, form, num_labels, skip_bad, say, split_seed)
     base = find_base(model_name, say)
     learning_rate = learning_rate or (LEARNING_RATE if base.folder else TINY_LEARNING_RATE)
     say(f"{len(train)} train and {len(dev)} validation rows, form {source.form}, base model {base.name}, "
@@ -148,6 +149,8 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--learning_rate must be above 0; got {given['learning_rate']}")
     if given["cache"] and given["val"]:
         raise UserError("--val belongs to --data; a cache brings its own dev split")
+    if given["split_seed"] is not None and not given["cache"]:
+        raise UserError("--split_seed divides the prompts of a cache, so it needs --cache")
     if given["form"] == "pool" and not given["cache"]:
         raise UserError("--form pool needs --cache: rows of question, llm_id, label hold one model each")
     world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -140,11 +140,11 @@ def ended(pid: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if done else None
 
 
-def kill_in_life(out: Path, pid: int, in_save: bool, wait: float) -> str:
-    """Kill -9 the child: inside a save, or `wait` seconds after its first new step. Says what happened."""
-    begun, log = time.monotonic(), out / "train_log.jsonl"
+def kill_in_life(out: Path, pid: int, when: str, wait: float) -> str:
+    """Kill -9 the child: inside a save, or `wait` seconds after its start or its first new step. Says what happened."""
+    begun, log, in_save = time.monotonic(), out / "train_log.jsonl", when == "save"
     lines = None
-    due = None
+    due = begun + wait if when == "start" else None
     while (code := ended(pid)) is None:
         now = time.monotonic()
         saving = any(p.name.startswith(".tmp-checkpoint-") for p in out.iterdir())
@@ -158,7 +158,7 @@ def kill_in_life(out: Path, pid: int, in_save: bool, wait: float) -> str:
             saving = any(p.name.startswith(".tmp-checkpoint-") for p in out.iterdir())
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return "in save" if saving else "in step"
+            return "in save" if saving else "elsewhere"
         if now - begun > 120:
             raise RuntimeError("the child makes no step")
         time.sleep(0.002)
@@ -179,10 +179,11 @@ def trial(folder: Path, kills: int, in_save: int, seed: int = 0, **options: Any)
     while told["kills"] < kills:
         out = folder / f"run{told['runs']}"
         told["runs"] += 1
-        in_this_run = min(kills - told["kills"], draw.randint(3, 6))
+        in_this_run = min(kills - told["kills"], draw.randint(1, 4))
         for _ in range(in_this_run):
             pid = fork_life(out, slow_save=0.02, slow_step=0.01, **options)
-            how = kill_in_life(out, pid, saves_left > 0, draw.uniform(0, 0.25))
+            when = "save" if saves_left > 0 and draw.random() < 0.7 else draw.choice(["start", "step", "step"])
+            how = kill_in_life(out, pid, when, draw.uniform(0, 1.0 if when == "start" else 0.25))
             if how == "ended with 0":
                 break
             if how.startswith("ended"):
@@ -297,7 +298,7 @@ def be_a_rank(given: argparse.Namespace) -> None:
     out = given.rank_of
     out.mkdir(parents=True, exist_ok=True)
     trainer = make(out, data=rows(poison=given.poison), slow_step=0.02, ddp_timeout=given.timeout, max_steps=given.steps,
-                   per_device_train_batch_size=2, save_steps=20)
+                   dropout=0.0, per_device_train_batch_size=2, save_steps=20)
     (out / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
     try:
         trainer.run(resume="auto")

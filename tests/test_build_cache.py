@@ -194,7 +194,7 @@ def test_bad_prompts_stop_before_any_call(script, files, capsys, line, message):
 @pytest.mark.parametrize("more,message", [
     (["--models", "aa"], "model 'aa' has no price"), (["--samples", "0"], "--samples must be at least 1"),
     (["--grader", "numbr"], "unknown grader 'numbr' (did you mean 'number'?)"), (["--temperature", "-1"], "temperature must be 0"),
-    (["--limit", "0"], "--limit"), (["--regrade", "true"], "no such outcome cache"), (["--batch_size", "0"], "batch_size must be at least 1"),
+    (["--limit", "0"], "--limit"), (["--regrade", "true"], "no such outcome cache"), (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
 ])
 def test_bad_options_stop_before_any_call(script, files, capsys, more, message):
     assert run(script, files, *more) == 2
@@ -206,6 +206,8 @@ def test_missing_files_are_named(script, files, capsys):
     assert "--pool is missing" in capsys.readouterr().err
     assert launch.run(script.main, ["--prompts", str(files / "promts.jsonl"), "--pool", str(files / "pool.yaml")]) == 2
     assert "did you mean 'prompts.jsonl'" in capsys.readouterr().err
+    assert launch.run(script.main, ["--prompts", "x", "--pool", "y", "--batch_size", "0"]) == 2
+    assert "--batch_size must be at least 1" in capsys.readouterr().err
 
 
 def test_prompts_with_splits_keep_them(script, files):

@@ -91,7 +91,7 @@ def test_every_promised_file_is_there_and_holds_no_nan(evaluated):
     for name in (*SAME_BYTES, "timing.json", "provenance.json", "report.html"):
         assert (folder / name).stat().st_size > 0, name
     for path in folder.glob("*.json"):
-        json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{path.name} holds {c}"))
+        json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"a file holds {c}"))
     assert json.loads((folder / "comparison.json").read_text()) == results
     assert (folder / "samples.csv").read_text().count("\n") == results["views"][0]["test"] + 1
 
@@ -112,7 +112,8 @@ def test_the_ledger_adds_up_to_the_reported_cost(evaluated):
 
 def test_two_runs_give_the_same_bytes(cache, evaluated, tmp_path):
     _, first = evaluated
-    evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR), output_dir=str(tmp_path / "out"), **QUICK)
+    evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR), output_dir=str(tmp_path / "out"),
+             **QUICK)
     for name in SAME_BYTES:
         assert (first / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
 
@@ -123,7 +124,8 @@ def test_another_pool_changes_costs_and_calls_no_model(cache, evaluated, tmp_pat
     for model in raw["models"]:
         model["price_input"], model["price_output"] = 3 * model["price_input"], 3 * model["price_output"]
     (tmp_path / "dear.yaml").write_text(yaml.safe_dump(raw))
-    dear = evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR), pool=str(tmp_path / "dear.yaml"),
+    dear = evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR),
+                    pool=str(tmp_path / "dear.yaml"),
                     output_dir=str(tmp_path / "out"), **QUICK)
     for name, model in dear["models"].items():
         assert model["cost_per_1k"]["value"] == pytest.approx(3 * results["models"][name]["cost_per_1k"]["value"])
@@ -172,7 +174,8 @@ def test_a_router_that_saw_the_test_prompts_is_refused_or_reported(cache, traine
 
 def test_run_and_evaluate_are_one_evaluation(root, cache, trained, tmp_path):
     out = tmp_path / "run"
-    done = subprocess.run([sys.executable, str(root / "src" / "run.py"), "--cache", str(cache), "--router_type", "linear",
+    done = subprocess.run([sys.executable, str(root / "src" / "run.py"), "--cache", str(cache), "--router_type",
+                           "linear",
                            "--router_model_path", str(trained / "honest"), "--output_dir", str(out), "--wandb", "off",
                            "--n_resamples", "50"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -223,7 +226,8 @@ def test_a_mistake_in_the_file_names_file_and_entry(cache, tmp_path, text, said)
 
 @pytest.mark.parametrize(("options", "said"), [
     ({"n_resamples": 1}, "--n_resamples must be at least 20"), ({"n_settings": 1}, "--n_settings"),
-    ({"level": 1.0}, "--level"), ({"cost_weight": -1.0}, "--cost_weight"), ({"reward": "linnear"}, "did you mean 'linear'"),
+    ({"level": 1.0}, "--level"), ({"cost_weight": -1.0}, "--cost_weight"),
+    ({"reward": "linnear"}, "did you mean 'linear'"),
     ({"reward": "a2c"}, "counts retries"), ({"seeds": 0}, "--seeds"), ({"seeds": [1, 1]}, "--seeds"),
     ({"test_split": "tset"}, "no prompts in split 'tset'"), ({"dev_split": "test"}, "also a train or dev split"),
     ({"routers": None}, "no router is named"), ({"models": ["cheap"]}, "nothing to route"),
@@ -245,7 +249,8 @@ def test_a_missing_answer_is_refused_and_never_counted_as_wrong(tmp_path):
 def test_prompts_in_two_splits_are_refused(tmp_path):
     outcomes = make_outcomes(200)
     train = next(o for o in outcomes if o.split == "train")
-    doubled = [replace_outcome(o, prompt=train.prompt) if o.prompt_id == next(p.prompt_id for p in outcomes if p.split == "test")
+    doubled = [replace_outcome(o, prompt=train.prompt)
+               if o.prompt_id == next(p.prompt_id for p in outcomes if p.split == "test")
                else o for o in outcomes]
     cache = write_cache(tmp_path / "cache", doubled)
     with pytest.raises(UserError, match="stand in the train and dev splits too"):
@@ -283,7 +288,8 @@ def test_wandb_holds_scalars_table_image_and_artifact(cache, tmp_path):
     evaluate(cache=str(cache), router_type="linear", output_dir=str(tmp_path / "out"),
              **{**QUICK, "plots": True, "wandb": "offline"})
     run = next((tmp_path / "out" / "wandb").glob("offline-run-*"))
-    done = subprocess.run([str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json", str(run)],
+    done = subprocess.run([str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json",
+                           str(run)],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)["summary"]
@@ -305,14 +311,16 @@ def test_hull_and_line_agree_with_the_rulers_row_by_row():
         for row in range(6):
             expected = metrics.mix_quality(at[row], cost[row], quality[row])
             cheapest = quality[row, cost[row].argmin()]
-            np.testing.assert_allclose(hull_quality(cost, quality, at)[row], np.where(np.isnan(expected), cheapest, expected))
+            np.testing.assert_allclose(hull_quality(cost, quality, at)[row],
+                                       np.where(np.isnan(expected), cheapest, expected))
             order = np.argsort(cost[row])
             np.testing.assert_allclose(line_quality(cost, quality, at)[row],
                                        np.interp(at[row], cost[row][order], quality[row][order]))
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=6))
+@given(st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 1.0]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1,
+                max_size=6))
 def test_hull_with_tied_points(points):
     cost, quality = np.array(points).T
     at = np.array([0.0, 0.1, 0.25, 0.7, 1.0, 2.0])
@@ -345,7 +353,8 @@ def planted_contestant(table, view, noise=0.1, name="planted"):
     random = np.random.default_rng(1)
     estimate = np.clip(table.quality_mean + random.normal(0, noise, table.quality.shape), 0, 1)
     zeros = np.zeros(len(view.dev)), np.zeros(len(view.test))
-    return Contestant(name, "test", False, {0: Estimates(np.arange(table.m), estimate[view.dev], estimate[view.test], *zeros)})
+    return Contestant(name, "test", False, {0: Estimates(np.arange(table.m), estimate[view.dev], estimate[view.test],
+                                                         *zeros)})
 
 
 @pytest.fixture(scope="module")
@@ -379,7 +388,8 @@ def test_areas_are_those_of_the_ruler(small):
     found = compare(table, [view], [planted_contestant(table, view)], Rules(Reward(), n_settings=21, n_resamples=20))
     test = table.rows(view.test)
     means = test.cost.mean(axis=0), test.quality.mean(axis=0)
-    assert found.results["mix"]["aiq"]["value"] == pytest.approx(metrics.aiq(*means, metrics.pool_range(test.cost)), abs=1e-12)
+    assert found.results["mix"]["aiq"]["value"] == pytest.approx(metrics.aiq(*means, metrics.pool_range(test.cost)),
+                                                                 abs=1e-12)
 
 
 def test_settings_are_chosen_on_dev(small):

@@ -22,7 +22,8 @@ HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> {{ 7
 def made(tmp_path_factory):
     """(results, folder): a run over prompts that hold markup."""
     folder = tmp_path_factory.mktemp("report")
-    outcomes = [replace_outcome(o, prompt=f"{HOSTILE} {o.prompt}", response=f"{HOSTILE} {o.response}", task=f"{o.task} <b>|")
+    outcomes = [replace_outcome(o, prompt=f"{HOSTILE} {o.prompt}", response=f"{HOSTILE} {o.response}",
+                                task=f"{o.task} <b>|")
                 for o in make_outcomes(700, signal=0.85)]
     cache = write_cache(folder / "cache", outcomes)
     routers = write_routers(folder / "r.yaml", LINEAR, {"name": "second", "kind": "linear", "l2": 1.0})
@@ -44,7 +45,7 @@ def parity(results, router="linear", **changes):
 
 def reach(results, **dev_ratio):
     for name, router in results["routers"].items():
-        router["parity_reached_on_dev"] = [name in dev_ratio]
+        router["points"]["parity"]["dev_quality_difference"] = 0.0 if name in dev_ratio else -0.01
         if name in dev_ratio:
             router["points"]["parity"]["dev_cost_ratio"] = dev_ratio[name]
 
@@ -56,8 +57,10 @@ def test_headline_of_a_saving(results):
     parity(results, cost_ratio=(0.41, 0.36, 0.46, None), quality_difference=(-0.001, -0.01, 0.01, "ties"),
            versus_mix=(0.05, 0.03, 0.07, "beats"))
     said = report.headline(results)
-    assert said["text"] == "At the best single model's quality, linear costs 41\u00a0% (95\u00a0% interval 36\u201346) of it."
-    assert said["tone"] == "good" and said["router"] == "linear" and "5.0 points above the best random mix" in said["detail"]
+    assert said["text"].replace("\u00a0", " ") == (
+        "At the best single model's quality, linear costs 41 % (95 % interval 36\u201346) of it.")
+    assert said["tone"] == "good" and said["router"] == "linear"
+    assert "5.0 points above the best random mix" in said["detail"]
 
 
 def test_headline_where_equal_quality_is_not_shown(results):
@@ -65,7 +68,8 @@ def test_headline_where_equal_quality_is_not_shown(results):
     parity(results, cost_ratio=(0.41, 0.36, 0.46, None), quality_difference=(-0.014, -0.046, 0.021, "ties"),
            versus_mix=(0.05, 0.03, 0.07, "beats"))
     said = report.headline(results)
-    assert said["text"].endswith("of strong, the best single model, for \u22121.4 points of quality.") and said["tone"] == "mixed"
+    assert said["text"].endswith("of strong, the best single model, for \u22121.4 points of quality.")
+    assert said["tone"] == "mixed"
     assert "cannot tell the two qualities apart" in said["detail"]
 
 
@@ -89,7 +93,8 @@ def test_headline_of_a_saving_that_is_not_shown(results):
     parity(results, cost_ratio=(0.97, 0.92, 1.02, None), quality_difference=(0.02, 0.01, 0.03, "beats"),
            versus_mix=(0.01, 0.005, 0.02, "beats"))
     said = report.headline(results)
-    assert "answers better than strong" in said["text"] and "A saving is not shown" in said["detail"] and said["tone"] == "mixed"
+    assert "answers better than strong" in said["text"] and said["tone"] == "mixed"
+    assert "A saving is not shown" in said["detail"]
 
 
 def test_headline_where_nobody_reaches_the_best_model(results):
@@ -112,7 +117,8 @@ def test_money(value, said):
 
 
 def test_points_have_signs_and_zero_has_none():
-    assert [report.points(v) for v in (0.012, -0.012, 0.0001, -0.0001, None)] == ["+1.2", "\u22121.2", "0.0", "0.0", "n/a"]
+    assert [report.points(v) for v in (0.012, -0.012, 0.0001, -0.0001, None)] == ["+1.2", "\u22121.2", "0.0", "0.0",
+                                                                                  "n/a"]
 
 
 # ---------------------------------------------------------------- tables
@@ -120,7 +126,8 @@ def test_points_have_signs_and_zero_has_none():
 def test_leaderboard_has_everybody_and_no_nan(made):
     results, folder = made
     text = (folder / "leaderboard.md").read_text()
-    for name in ("linear", "second", "length (control)", "task table (control)", "kNN control (control)", "always cheap",
+    for name in ("linear", "second", "length (control)", "task table (control)", "kNN control (control)",
+                 "always cheap",
                  "always strong", "best random mix", "oracle"):
         assert f"| {name} |" in text, name
     assert not re.search(r"\b(nan|inf|None|null)\b", text)
@@ -183,7 +190,8 @@ def test_the_pages_of_several_seeds_and_of_many_models_render(tmp_path):
     third = [replace_outcome(o, model_name="third") for o in outcomes if o.model_name == "cheap"]
     cache = write_cache(tmp_path / "cache", [replace_outcome(o, latency_s=None) for o in [*outcomes, *third]])
     (cache / "pool.yaml").write_text(_pool_with_third(cache))
-    evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR), seeds=2, output_dir=str(tmp_path / "out"),
+    evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR), seeds=2,
+             output_dir=str(tmp_path / "out"),
              **QUICK)
     page = (tmp_path / "out" / "report.html").read_text()
     assert "seeds ±" in page and "always third" in page
@@ -230,7 +238,8 @@ def test_a_browser_draws_every_chart_with_no_error(made, tmp_path):
         pytest.skip("no Chromium on this machine")
     _, folder = made
     done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                           f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=8000", "--dump-dom",
+                           f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--virtual-time-budget=8000",
+                           "--dump-dom",
                            f"file://{folder / 'report.html'}"], capture_output=True, text=True, timeout=120)
     drawn = re.findall(r'data-chart="(\w+)"[^>]*>.*?<svg', done.stdout, re.S)
     assert set(drawn) == {"frontier", "shares", "calibration", "budget", "tasks"}

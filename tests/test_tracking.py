@@ -25,7 +25,8 @@ def keyless(monkeypatch, tmp_path):
 
 def inspect(folder):
     leet = Path(sys.executable).with_name("wandb")
-    done = subprocess.run([str(leet), "leet", "inspect", "--summary", "--json", str(folder)], capture_output=True, text=True)
+    done = subprocess.run([str(leet), "leet", "inspect", "--summary", "--json", str(folder)], capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -58,7 +59,8 @@ def test_no_key_reaches_a_file_by_argv_config_or_environment(tmp_path, root):
     code = (f"import sys; sys.path.insert(0, {str(root / 'src')!r})\n"
             "from routewright import tracking\n"
             f"with tracking.start('p', 'n', {str(tmp_path)!r}, {{'api_key': 'CANARY-CONFIG-123456', "
-            "'note': 'uses CANARY-ENV-123456', 'max_new_tokens': 5, 'nested': {'hf_token': 'CANARY-CONFIG-123456'}}) as run:\n"
+            "'note': 'uses CANARY-ENV-123456', 'max_new_tokens': 5, "
+            "'nested': {'hf_token': 'CANARY-CONFIG-123456'}}) as run:\n"
             "    run.log({'a': 1.0})\n    print(run.folder)\n")
     done = subprocess.run([sys.executable, "-c", code, "--api_key", canaries[0]], capture_output=True, text=True,
                           env={**os.environ, "WANDB_MODE": "offline", "OTHER_API_KEY": canaries[2]})
@@ -73,8 +75,10 @@ def test_no_key_reaches_a_file_by_argv_config_or_environment(tmp_path, root):
 
 
 @pytest.mark.parametrize(("environment", "asked", "mode"), [
-    ({}, "auto", "offline"), ({"WANDB_API_KEY": "x" * 40}, "auto", "online"), ({"WANDB_API_KEY": "x" * 40}, "offline", "offline"),
-    ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "offline"}, "auto", "offline"), ({"WANDB_MODE": "disabled"}, "auto", "off"),
+    ({}, "auto", "offline"), ({"WANDB_API_KEY": "x" * 40}, "auto", "online"),
+    ({"WANDB_API_KEY": "x" * 40}, "offline", "offline"),
+    ({"WANDB_API_KEY": "x" * 40, "WANDB_MODE": "offline"}, "auto", "offline"),
+    ({"WANDB_MODE": "disabled"}, "auto", "off"),
     ({}, "off", "off"), ({"WANDB_MODE": "disabled"}, "offline", "off")])
 def test_modes(keyless, monkeypatch, environment, asked, mode):
     for name, value in environment.items():

@@ -120,33 +120,53 @@ def test_length_grouped_order_survives_a_stop_in_a_later_epoch(tmp_path):
     assert broken_then_resumed(tmp_path / "b", [10], **options) == unbroken_run(tmp_path / "a", **options)
 
 
-def test_best_model_and_early_stopping_survive_a_stop(tmp_path):
-    from transformers import EarlyStoppingCallback
+class Crash(Exception):
+    """Stands for a kill at one point of the program."""
 
-    def make(out):
-        trainer = kt.make(out, eval_strategy="epoch", save_strategy="epoch", load_best_model_at_end=True, num_train_epochs=6,
-                          metric_for_best_model="eval_loss", save_total_limit=1, learning_rate=5e-2)
-        trainer.eval_dataset = kt.rows(16)
-        trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
-        return trainer
 
-    def figure(trainer):
-        result = trainer.run()
-        return {**figures(trainer, result), "best": Path(trainer.state.best_model_checkpoint).name,
-                "metric": trainer.state.best_metric}
+SCORES = {1: 0.5, 2: 0.9, 3: 0.8, 4: 0.7, 5: 0.99}
 
-    import unittest.mock
 
-    from transformers import Trainer
-    with unittest.mock.patch.object(Trainer, "_validate_args"):  # the evaluation set is given after the making
-        whole = figure(make(tmp_path / "a"))
-        for step in (15, 24):
-            trainer = make(tmp_path / "b")
-            trainer.add_callback(at_step(step, sigterm))
-            with pytest.raises(PartialRun):
-                trainer.run()
-        assert figure(make(tmp_path / "b")) == whole
-    assert len(whole["log"]) < 72, "early stopping never happened: the test tests nothing"
+def early_stopping_run(out: Path, crash: str = "", at: int = 0) -> dict:
+    """Scores by epoch: the best is 2 and, with a patience of 2, 4 is the last. Crashes where it is told to."""
+    from transformers import EarlyStoppingCallback, TrainerCallback
+
+    def score(prediction) -> dict:
+        epoch = round(trainer.state.epoch)
+        if (crash, at) == ("evaluate", epoch):
+            raise Crash
+        return {"score": SCORES[epoch]}
+
+    class At(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if (crash, at) == ("step", state.global_step):
+                raise Crash
+
+        def on_save(self, args, state, control, **kwargs):
+            if (crash, at) == ("saved", state.global_step):
+                raise Crash
+
+    trainer = kt.make(out, eval_strategy="epoch", save_steps=4, load_best_model_at_end=False, num_train_epochs=5,
+                      metric_for_best_model="score", greater_is_better=True, save_total_limit=1,
+                      options={"eval_dataset": kt.rows(8), "compute_metrics": score})
+    trainer.args.load_best_model_at_end = True  # the Trainer wants equal strategies for it; the net does not need them
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    trainer.add_callback(At())
+    if crash:
+        with pytest.raises(Crash):
+            trainer.run()
+        return {}
+    result = trainer.run()
+    return {**figures(trainer, result), "best": Path(trainer.state.best_model_checkpoint).name,
+            "metric": trainer.state.best_metric}
+
+
+def test_evaluation_early_stopping_and_the_best_model_survive_crashes(tmp_path):
+    whole = early_stopping_run(tmp_path / "a")
+    assert len(whole["log"]) == 48 and whole["best"] == "checkpoint-24" and whole["metric"] == 0.9
+    for crash, at in (("evaluate", 2), ("step", 41), ("saved", 48)):
+        early_stopping_run(tmp_path / "b", crash, at)
+    assert early_stopping_run(tmp_path / "b") == whole
 
 
 def test_nothing_to_resume_says_so_and_none_keeps_the_old_ones_aside(half, capsys, unbroken):
@@ -351,15 +371,25 @@ def test_a_dead_or_hung_rank_takes_the_job_down(tmp_path, action):
 
 @pytest.mark.slow
 def test_two_ranks_stop_together_on_a_signal_and_go_on_as_one(tmp_path):
+    from routewright.trainer import train_log
+
     told = kt.rank_trial(tmp_path / "run", "term")
     assert told["left"] == 0 and told["seconds"] < 30 and any("stopped by SIGTERM" in line for line in told["said"])
     step = ck.newest_verified(tmp_path / "run").step
-    arguments = {"slow_step": 0.0, "per_device_train_batch_size": 2, "max_steps": 100000}
-    trainer = kt.make(tmp_path / "run", **arguments)
-    trainer.add_callback(at_step(step + 2, sigterm))
-    with pytest.raises(PartialRun):
-        trainer.run()
-    assert trainer.args.gradient_accumulation_steps == 2 and trainer.state.global_step >= step + 2
+
+    def go_on(out: Path, accumulation: int) -> list[dict]:
+        trainer = kt.make(out, dropout=0.0, per_device_train_batch_size=2, max_steps=100000, save_steps=20,
+                          gradient_accumulation_steps=accumulation)
+        trainer.add_callback(at_step(step + 5, sigterm))
+        with pytest.raises(PartialRun):
+            trainer.run()
+        assert trainer.args.gradient_accumulation_steps == 2
+        return train_log(out)[: step + 5]
+
+    broken, alone = go_on(tmp_path / "run", 1), go_on(tmp_path / "alone", 2)
+    assert [row["step"] for row in broken] == [row["step"] for row in alone] == list(range(1, step + 6))
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(broken, alone, strict=True)) < 1e-5
+    assert max(abs(a["grad_norm"] - b["grad_norm"]) for a, b in zip(broken, alone, strict=True)) < 1e-4
 
 
 @pytest.mark.slow

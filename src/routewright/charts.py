@@ -30,17 +30,20 @@ def theme(dark: bool = False) -> dict[str, Any]:
     return {
         "background": "transparent" if dark else "#ffffff", "font": font, "view": {"stroke": None},
         "axis": {"labelColor": faint, "titleColor": faint, "gridColor": line, "domainColor": line, "tickColor": line,
-                 "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10, "labelLimit": 180},
+                 "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "titlePadding": 10,
+                 "labelLimit": 180},
         "legend": {"labelColor": ink, "titleColor": faint, "labelFontSize": 12, "titleFontSize": 12, "orient": "bottom",
-                   "columns": 4, "labelLimit": 200, "titleFontWeight": "normal"},
+                   "columns": 6, "labelLimit": 200, "titleFontWeight": "normal"},
         "text": {"color": ink, "fontSize": 12}, "title": {"color": ink, "anchor": "start", "fontSize": 14}}
 
 
 def in_order(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results with models in pool order and routers as they were named: a JSON file has its keys sorted."""
+    """The results with models in pool order, and routers as they were named with the controls last: a JSON file has its
+    keys sorted."""
     order = results["order"]
+    names = sorted(order["routers"], key=lambda n: results["routers"][n]["control"])
     return {**results, "models": {n: results["models"][n] for n in order["models"]},
-            "routers": {n: results["routers"][n] for n in order["routers"]}}
+            "routers": {n: results["routers"][n] for n in names}}
 
 
 def short_names(results: Mapping[str, Any]) -> dict[str, str]:
@@ -86,45 +89,57 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
     curve_rows, point_rows = [], []
     for name, router in results["routers"].items():
         for cost, quality, lo, hi in zip(per_1k, *(router["curve"][k] for k in ("quality", "lo", "hi")), strict=True):
-            curve_rows.append({"router": name, "cost": cost, "quality": quality, "lo": lo, "hi": hi, "control": router["control"]})
+            curve_rows.append({"router": name, "cost": cost, "quality": quality, "lo": lo, "hi": hi,
+                               "control": router["control"]})
         for label, point in router["points"].items():
-            shares = ", ".join(f"{short_names(results)[m]} {s:.0%}" for m, s in point["shares"].items() if s and s >= 0.005)
+            shares = ", ".join(f"{short[m]} {s:.0%}"
+                               for m,
+                               s in point["shares"].items() if s and s >= 0.005)
             point_rows.append({"router": name, "setting": label, "cost": point["cost_per_1k"]["value"], "calls": shares,
                                "quality": point["quality"]["value"], "control": router["control"],
                                "interval": _interval(point["quality"]), "weight": point["cost_weight"][0],
                                "against the mix": f"{point['versus_mix']['verdict']} {_interval(point['versus_mix'])}"})
     short = short_names(results)
     named = worth_naming(results)
-    model_rows = [{"name": short[n], "label": short[n] if n in named else "", "cost": m["cost_per_1k"]["value"], "quality": m["quality"]["value"],
+    model_rows = [{"name": short[n], "label": short[n] if n in named else "", "cost": m["cost_per_1k"]["value"],
+                   "quality": m["quality"]["value"],
                    "interval": _interval(m["quality"])} for n, m in results["models"].items()]
     oracle = results["oracle"]
-    oracle_rows = [{"name": "oracle", "label": "oracle", "cost": oracle["cost_per_1k"]["value"], "quality": oracle["quality"]["value"],
+    oracle_rows = [{"name": "oracle", "label": "oracle", "cost": oracle["cost_per_1k"]["value"],
+                    "quality": oracle["quality"]["value"],
                     "interval": _interval(oracle["quality"])}]
     mix_rows = [{"cost": c, "quality": q} for c, q in zip(per_1k, results["mix"]["quality"], strict=True)]
     picked = {"param": "router_picked"}
     lead = results["headline"]["router"]
-    band = f"length(data('router_picked_store')) ? vlSelectionTest('router_picked_store', datum) : datum.router === {json.dumps(lead)}"
-    tip = [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"), _tip("interval", "95 % interval")]
+    band = ("length(data('router_picked_store')) ? vlSelectionTest('router_picked_store', datum) : "
+            f"datum.router === {json.dumps(lead)}")
+    tip = [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"),
+           _tip("interval", "95 % interval")]
     return _spec([
         {"data": {"values": [r for r in curve_rows if not r["control"]]},
          "mark": {"type": "area", "clip": True}, "encoding": {  # one band at a time: several turn into fog
             "x": x, "y": {**y, "field": "lo"}, "y2": {"field": "hi"}, "color": colour,
             "opacity": {"condition": {"test": band, "value": 0.16}, "value": 0}}},
-        {"data": {"values": mix_rows}, "mark": {"type": "line", "strokeDash": [5, 4], "color": "#7d8694", "strokeWidth": 1.6},
+        {"data": {"values": mix_rows}, "mark": {"type": "line", "strokeDash": [5, 4], "color": "#7d8694",
+                                                "strokeWidth": 1.6},
          "encoding": {"x": x, "y": y}},
-        {"data": {"values": curve_rows}, "params": [{"name": "router_picked", "select": {"type": "point", "fields": ["router"]},
+        {"data": {"values": curve_rows}, "params": [{"name": "router_picked",
+                                                     "select": {"type": "point", "fields": ["router"]},
                                                      "bind": "legend"}],
          "mark": {"type": "line", "interpolate": "linear"}, "encoding": {
-            "x": x, "y": y, "color": colour, "strokeWidth": {"condition": {"test": "datum.control", "value": 1.2}, "value": 2.4},
+            "x": x, "y": y, "color": colour, "strokeWidth": {"condition": {"test": "datum.control", "value": 1.2},
+                                                             "value": 2.4},
             "opacity": {"condition": {**picked, "value": 1}, "value": 0.12},
-            "tooltip": [_tip("router", "router"), _tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"),
+            "tooltip": [_tip("router", "router"), _tip("cost", "cost per 1,000 (USD)", ".4~g"),
+                        _tip("quality", "quality", ".1%"),
                         _tip("lo", "from", ".1%"), _tip("hi", "to", ".1%")]}},
         {"data": {"values": point_rows}, "mark": {"type": "point", "filled": True, "size": 90, "stroke": "white",
                                                   "strokeWidth": 1}, "encoding": {
             "x": x, "y": y, "color": colour, "shape": {"field": "setting", "type": "nominal", "title": None, "scale": {
                 "domain": ["balanced", "parity"], "range": ["circle", "diamond"]}},
             "opacity": {"condition": {**picked, "value": 1}, "value": 0.12},
-            "tooltip": [_tip("router", "router"), _tip("setting", "setting"), *tip, _tip("weight", "cost weight", ".4~g"),
+            "tooltip": [_tip("router", "router"), _tip("setting", "setting"), *tip,
+                        _tip("weight", "cost weight", ".4~g"),
                         _tip("calls", "calls"), _tip("against the mix", "against the mix (points)")]}},
         *_labelled(model_rows, x, y, tip, "square", 80, "#5c6675"),
         *_labelled(oracle_rows, x, y, tip, "triangle-up", 110, "#c08a00"),
@@ -137,7 +152,8 @@ def shares(results: Mapping[str, Any]) -> dict[str, Any]:
                  "oracle": results["oracle"]["shares"]}
     named = _most_called(results, of_router.values())
     rows = [{"router": router, "model": model, "share": share, "order": place}
-            for router, called in of_router.items() for place, (model, share) in enumerate(_gather(results, called, named))]
+            for router, called in of_router.items() for place,
+            (model, share) in enumerate(_gather(results, called, named))]
     return _spec([{
         "data": {"values": rows}, "mark": {"type": "bar", "height": {"band": 0.72}, "cornerRadius": 2}, "encoding": {
             "y": {"field": "router", "type": "nominal", "title": None, "sort": list(of_router),
@@ -166,7 +182,8 @@ def budget(results: Mapping[str, Any], router: str) -> dict[str, Any]:
             "y": {"field": "share", "type": "quantitative", "stack": "normalize", "title": "share of prompts",
                   "axis": {"format": ".0%"}},
             "color": _model_colour(results, named), "order": {"field": "order"},
-            "tooltip": [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("model", "model"), _tip("share", "share", ".1%")]}}],
+            "tooltip": [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("model", "model"),
+                        _tip("share", "share", ".1%")]}}],
         height=240)
 
 
@@ -187,7 +204,8 @@ def calibration(results: Mapping[str, Any]) -> dict[str, Any]:
     return _spec([
         {"data": {"values": [{"predicted": 0, "recorded": 0}, {"predicted": 1, "recorded": 1}]},
          "mark": {"type": "line", "strokeDash": [5, 4], "color": "#7d8694"}, "encoding": {"x": x, "y": y}},
-        {"data": {"values": rows}, "params": [{"name": "router_picked", "select": {"type": "point", "fields": ["router"]},
+        {"data": {"values": rows}, "params": [{"name": "router_picked",
+                                               "select": {"type": "point", "fields": ["router"]},
                                                "bind": "legend"}],
          "mark": {"type": "line", "point": {"size": 45}}, "encoding": {
             "x": x, "y": y, "color": colour, "tooltip": tip, "opacity": faded,
@@ -195,7 +213,7 @@ def calibration(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tasks(results: Mapping[str, Any], router: str) -> dict[str, Any] | None:
-    """Quality difference of one router to the best single model on each task, with intervals. None for a single task."""
+    """Quality difference of one router to the best single model on each task. None for a single task."""
     found = results["routers"][router]["tasks"]
     rows = [{"task": name or "(no task)", "n": t["n"], "cost": t["cost_per_1k"]["value"],
              "difference": 100 * t["versus_best_single"]["value"], "lo": 100 * t["versus_best_single"]["lo"],
@@ -206,16 +224,19 @@ def tasks(results: Mapping[str, Any], router: str) -> dict[str, Any] | None:
         return None
     y = {"field": "task", "type": "nominal", "title": None, "sort": [r["task"] for r in rows],
          "axis": {"ticks": False, "domain": False}}
-    x = {"field": "difference", "type": "quantitative", "title": f"points of quality, {router} minus the best single model"}
+    x = {"field": "difference", "type": "quantitative",
+         "title": f"points of quality, {router} minus the best single model"}
     colour = {"field": "verdict", "type": "nominal", "legend": None, "scale": {
         "domain": ["beats", "ties", "loses"], "range": ["#1f9d78", "#8b93a1", "#d1495b"]}}
-    tip = [_tip("task", "task"), _tip("n", "prompts", ","), _tip("difference", "points", "+.1f"), _tip("lo", "from", "+.1f"),
+    tip = [_tip("task", "task"), _tip("n", "prompts", ","), _tip("difference", "points", "+.1f"),
+           _tip("lo", "from", "+.1f"),
            _tip("hi", "to", "+.1f"), _tip("cost", "cost per 1,000 (USD)", ".4~g")]
     return _spec([
         {"data": {"values": [{"zero": 0}]}, "mark": {"type": "rule", "color": "#7d8694", "strokeDash": [5, 4]},
          "encoding": {"x": {"field": "zero", "type": "quantitative"}}},
         {"data": {"values": rows}, "mark": {"type": "rule", "strokeWidth": 2}, "encoding": {
-            "y": y, "x": {**x, "field": "lo", "title": x["title"]}, "x2": {"field": "hi"}, "color": colour, "tooltip": tip}},
+            "y": y, "x": {**x, "field": "lo", "title": x["title"]}, "x2": {"field": "hi"}, "color": colour,
+            "tooltip": tip}},
         {"data": {"values": rows}, "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1}, "encoding": {
             "y": y, "x": x, "color": colour, "tooltip": tip}}], height=24 * len(rows) + 10)
 
@@ -238,14 +259,16 @@ def page_script() -> str:
 # ---------------------------------------------------------------- parts
 
 def _spec(layers: Sequence[Mapping[str, Any]], height: int) -> dict[str, Any]:
-    return {"$schema": SCHEMA, "width": "container", "height": height, "autosize": {"type": "fit-x", "contains": "padding"},
+    return {"$schema": SCHEMA, "width": "container", "height": height,
+            "autosize": {"type": "fit-x", "contains": "padding"},
             "layer": list(layers)}
 
 
 def _labelled(rows: list[dict[str, Any]], x: dict, y: dict, tip: list, shape: str, size: int,
               colour: str) -> list[dict[str, Any]]:
     tooltip = [_tip("name", "always" if shape == "square" else "model"), *tip]
-    mark = {"type": "point", "shape": shape, "filled": True, "size": size, "color": colour, "opacity": 1, "stroke": "white",
+    mark = {"type": "point", "shape": shape, "filled": True, "size": size, "color": colour, "opacity": 1,
+            "stroke": "white",
             "strokeWidth": 1, "clip": True}
     layers = [{"data": {"values": rows}, "mark": mark, "encoding": {"x": x, "y": y, "tooltip": tooltip}}]
     middle = sum(_place(x, r["cost"]) for r in rows) / len(rows) if len(rows) > 1 else None
@@ -253,7 +276,8 @@ def _labelled(rows: list[dict[str, Any]], x: dict, y: dict, tip: list, shape: st
         some = [r for r in rows if r["label"] and (middle is not None and _place(x, r["cost"]) > middle) == right]
         if some:
             layers.append({"data": {"values": some}, "mark": {
-                "type": "text", "align": "right" if right else "left", "dx": -10 if right else 9, "dy": -9 if right else 11,
+                "type": "text", "align": "right" if right else "left", "dx": -10 if right else 9,
+                "dy": -9 if right else 11,
                 "fontWeight": 600}, "encoding": {"x": x, "y": y, "text": {"field": "label"}}})
     return layers
 
@@ -274,11 +298,13 @@ def _most_called(results: Mapping[str, Any], called: Iterable[Mapping[str, float
     return [m for m in largest if m in kept]
 
 
-def _gather(results: Mapping[str, Any], called: Mapping[str, float | None], named: list[str]) -> list[tuple[str, float]]:
+def _gather(results: Mapping[str, Any], called: Mapping[str, float | None],
+            named: list[str]) -> list[tuple[str, float]]:
     """(short name, share) of the named models in price order, and of all the others together."""
     short = short_names(results)
     found = [(short[m], called[m] or 0.0) for m in named]
-    return found if len(named) == len(results["models"]) else [*found, (OTHERS, max(0.0, 1.0 - sum(s for _, s in found)))]
+    return found if len(named) == len(results["models"]) else [*found,
+                                                               (OTHERS, max(0.0, 1.0 - sum(s for _, s in found)))]
 
 
 def _model_colour(results: Mapping[str, Any], named: list[str]) -> dict[str, Any]:
@@ -286,11 +312,13 @@ def _model_colour(results: Mapping[str, Any], named: list[str]) -> dict[str, Any
     names, ramp = [short_names(results)[m] for m in named], _ramp(len(named))
     if len(named) < len(results["models"]):
         names, ramp = [*names, OTHERS], [*ramp, "#a7adb8"]
-    return {"field": "model", "type": "nominal", "title": None, "sort": names, "scale": {"domain": names, "range": ramp}}
+    return {"field": "model", "type": "nominal", "title": None, "sort": names,
+            "scale": {"domain": names, "range": ramp}}
 
 
 def _by_price(results: Mapping[str, Any]) -> list[str]:
-    return sorted(results["models"], key=lambda m: results["models"][m]["price_input"] + results["models"][m]["price_output"])
+    models = results["models"]
+    return sorted(models, key=lambda m: models[m]["price_input"] + models[m]["price_output"])
 
 
 def _ramp(n: int) -> list[str]:
@@ -308,7 +336,8 @@ def _cost_axis(costs: Sequence[float | None], padding: int = 20) -> dict[str, An
     axis = {"field": "cost", "type": "quantitative", "title": "cost per 1,000 prompts (USD)"}
     known = [c for c in costs if c is not None and c > 0]
     if len(known) < 2 or len(known) < len(costs) or max(known) / min(known) < LOG_FROM:
-        return {**axis, "scale": {"zero": False, "nice": False, "padding": padding}, "axis": {"format": "~g", "tickCount": 6}}
+        return {**axis, "scale": {"zero": False, "nice": False, "padding": padding},
+                "axis": {"format": "~g", "tickCount": 6}}
     low, high = math.floor(math.log10(min(known))), math.ceil(math.log10(max(known)))
     ticks = [float(f"{step}e{power}") for power in range(low, high + 1) for step in (1, 2, 5)]
     return {**axis, "scale": {"type": "log", "nice": False, "padding": padding},

@@ -53,7 +53,8 @@ class Entry:
 
 def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_type: str | None = None,
              router_model_path: str | None = None, pool: str | None = None, models: Sequence[str] | None = None,
-             train_split: str = "train", dev_split: str = "dev", test_split: str = "test", seeds: int | Sequence[int] = 1,
+             train_split: str = "train", dev_split: str = "dev", test_split: str = "test",
+             seeds: int | Sequence[int] = 1,
              reward: str = "linear", cost_weight: float | None = None, n_settings: int = 101, n_resamples: int = 1000,
              level: float = 0.95, allow_overlap: bool = False, plots: bool = True, wandb: str = "auto",
              wandb_project: str = "routewright") -> dict[str, Any]:
@@ -235,7 +236,8 @@ def make_views(table: OutcomeTable, seeds: int | Sequence[int], splits: tuple[st
         views.append(_view("recorded", numbers[0], table, [p.split for p in table.prompts], splits))
         left_out = table.n - sum(table.splits[name] for name in dict.fromkeys(splits))
         if left_out:
-            notes.append(f"{left_out} of {table.n} prompts stand in none of the splits {', '.join(splits)} and were left out")
+            notes.append(f"{left_out} of {table.n} prompts are in none of the splits {', '.join(splits)} and were left "
+                         "out")
     if views and len(numbers) == 1:
         return views, 0
     if folders and not views:
@@ -264,7 +266,7 @@ def _view(name: str, seed: int, table: OutcomeTable, own: Sequence[str], splits:
     rows = [np.flatnonzero(own_array == split) for split in splits]
     for split, found in zip(splits, rows, strict=True):
         if not len(found):
-            raise UserError(f"{name}: no prompt falls into split {split!r} of {table.n}; record more prompts, or name other "
+            raise UserError(f"{name}: none of {table.n} prompts falls into split {split!r}; record more, or name other "
                             "splits with --train_split, --dev_split, --test_split")
     return View(name, seed, *rows)
 
@@ -310,8 +312,8 @@ def _check_trained(table: OutcomeTable, view: View | None, made: Sequence[tuple[
         said = (f"router {entry.name!r} was trained on {len(shared)} of the {len(view.test)} test prompts (first: "
                 f"{table.prompts[shared[0]].prompt_id!r})")
         if not allow:
-            raise UserError(f"{entry.where}: {said}, so its scores would be memory; train it on the train split, or say "
-                            "--allow_overlap true and the report will say so")
+            raise UserError(f"{entry.where}: {said}, so its scores would be memory; train it on the train split, or "
+                            "say --allow_overlap true and the report will say so")
         found.append({"router": entry.name, "prompts": len(shared), "note": f"{said}; its scores are inflated"})
     return found
 
@@ -342,7 +344,8 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
                               "overhead_p95_s": clean(np.quantile(np.concatenate(per_prompt), 0.95))}
         facts = {"source": entry.path or "fitted on the train split",
                  "options": {k: v for k, v in entry.options.items() if k not in ("name", "kind", "path")},
-                 "base_model": router.card.get("base_model", ""), "trained_on": router.card.get("cache_fingerprint", "")}
+                 "base_model": router.card.get("base_model", ""),
+                 "trained_on": router.card.get("cache_fingerprint", "")}
         learns = router.needs_training or entry.path
         whole = None if learns else router.estimate(table.prompts)[:, [router.models.index(m) for m in table.models]]
         contestants.append(Contestant(entry.name, router.kind, entry.is_control, found, facts, whole,
@@ -356,8 +359,8 @@ def _bind(router: Any, table: OutcomeTable, entry: Entry) -> None:
         router.bind(table.models, table.pool)
     missing = [name for name in router.models if name not in table.models]
     if missing:
-        raise UserError(f"{entry.where}: router {entry.name!r} knows model {missing[0]!r}, which the cache does not hold "
-                        f"(it holds {', '.join(table.models)}); evaluate it on a cache of its own pool")
+        raise UserError(f"{entry.where}: router {entry.name!r} knows model {missing[0]!r}, which the cache does not "
+                        f"hold (it holds {', '.join(table.models)}); evaluate it on a cache of its own pool")
 
 
 def _estimates(router: Any, table: OutcomeTable, dev: OutcomeTable, test: OutcomeTable,
@@ -379,7 +382,7 @@ def _reward(name: str, cost_weight: float | None, table: OutcomeTable, views: Se
     from routewright.reward import Reward
 
     if name == "a2c":
-        raise UserError("--reward a2c counts retries of a policy, which a router never makes; use linear, binary or capped")
+        raise UserError("--reward a2c counts retries, which a router never makes; use linear, binary or capped")
     settings = {} if cost_weight is None else {"cost_weight": cost_weight}
     if name == "linear" and cost_weight is None:
         seen = np.concatenate([views[0].train, views[0].dev])
@@ -404,8 +407,8 @@ def _cache_card(table: OutcomeTable, cache: str) -> dict[str, Any]:
 def _warnings(results: Mapping[str, Any], table: OutcomeTable) -> list[str]:
     said = []
     if table.estimated:
-        said.append("token counts of this cache were estimated from characters (4 per token), so every cost rests on an "
-                    "estimate")
+        said.append("token counts of this cache were estimated from characters (4 per token), so every cost rests on "
+                    "an estimate")
     tests = [v["test"] for v in results["views"]]
     if min(tests) < 100:
         said.append(f"only {min(tests)} test prompts: intervals are wide and percentile intervals run short")
@@ -416,14 +419,16 @@ def _warnings(results: Mapping[str, Any], table: OutcomeTable) -> list[str]:
         largest = max(point["shares"], key=lambda m: point["shares"][m] or 0.0)
         if max(max(s) for s in router["settings"]["shares"]) >= 0.98 and \
                 min(max(s) for s in router["settings"]["shares"]) >= 0.98:
-            said.append(f"{name} sends at least 98 % of the prompts to one model at every setting: it is a constant in disguise")
+            said.append(f"{name} sends at least 98 % of the prompts to one model at every setting: it is a constant in "
+                        "disguise")
         elif point["largest_share"] >= 0.98:
-            said.append(f"{name} sends {point['largest_share']:.0%} of the prompts to {largest} at its balanced setting: "
-                        "there it is a constant in all but name")
-    short = [n for n, r in results["routers"].items() if not r["control"] and not all(r["parity_reached_on_dev"])]
+            said.append(f"{name} sends {point['largest_share']:.0%} of the prompts to {largest} at its balanced "
+                        "setting: there it is a constant in all but name")
+    short = [n for n, r in results["routers"].items()
+             if not r["control"] and r["points"]["parity"]["dev_quality_difference"] < -1e-12]
     if short:
-        said.append(f"the best single model's quality on dev is out of reach for {', '.join(short)}: the parity setting is the "
-                    "one that comes nearest")
+        said.append(f"the best single model's quality on dev is out of reach for {', '.join(short)}: the parity "
+                    "setting is the one that comes nearest")
     if not np.isfinite(table.latency).all():
         said.append("latency was not recorded for every answer and is left out")
     return said
@@ -437,12 +442,13 @@ def _check_ledger(comparison: Comparison) -> None:
         for point, said in router["points"].items():
             mine = (ledger["router"] == name) & (ledger["point"] == point)
             per_view = [spent[mine & (ledger["view"] == view)].mean() * 1000 for view in router["views"]]
-            assert np.isclose(np.mean(per_view), said["cost_per_1k"]["value"], rtol=1e-9), f"{name}: costs do not add up"
+            assert np.isclose(np.mean(per_view), said["cost_per_1k"]["value"],
+                              rtol=1e-9), f"{name}: costs do not add up"
 
 
 def _examples(table: OutcomeTable, views: Sequence[View], contestants: Sequence[Contestant],
               comparison: Comparison) -> dict[str, Any]:
-    """The costliest mistakes and the dearest needless calls of each router, at its balanced setting, in its first view."""
+    """The costliest mistakes and the dearest needless calls of each router: balanced setting, first view."""
     lead = comparison.results["headline"].get("router")
     found = {}
     for contestant in contestants:
@@ -462,7 +468,8 @@ def _examples(table: OutcomeTable, views: Sequence[View], contestants: Sequence[
         found[contestant.name] = {
             "mistakes": [_example(table, rows[i], picks[i], ideal[i]) for i in wrong[:limit] if lost[i] > 0],
             "n_mistakes": int((lost > 0).sum()),
-            "needless": [_example(table, rows[i], picks[i], ideal[i]) for i in needless if lost[i] <= 0 < wasted[i]][:limit],
+            "needless": [_example(table, rows[i], picks[i], ideal[i])
+                         for i in needless if lost[i] <= 0 < wasted[i]][:limit],
             "n_needless": int(((lost <= 0) & (wasted > 0)).sum()),
             "wasted_usd": clean(wasted[(lost <= 0) & (wasted > 0)].sum()), "n": len(rows)}
     return found
@@ -475,10 +482,12 @@ def _example(table: OutcomeTable, row: int, pick: int, ideal: int) -> dict[str, 
     shown = list(dict.fromkeys([int(pick), int(ideal)])) + rest
     shown = sorted(shown[:MOST_ANSWERS], key=lambda j: (table.cost[row, j], j))
     return {"prompt_id": prompt.prompt_id, "task": prompt.task, "prompt": _short(prompt.prompt),
-            "context": _short(prompt.context), "reference": _short("" if prompt.reference is None else str(prompt.reference)),
+            "context": _short(prompt.context),
+            "reference": _short("" if prompt.reference is None else str(prompt.reference)),
             "picked": table.models[pick], "ideal": table.models[ideal],
             "others": max(0, table.m - len(shown)),
-            "answers": [{"model": table.models[j], "quality": clean(table.quality[row, j]), "cost_usd": clean(table.cost[row, j]),
+            "answers": [{"model": table.models[j], "quality": clean(table.quality[row, j]),
+                         "cost_usd": clean(table.cost[row, j]),
                          "response": _short(said.get(table.models[j], ""))} for j in shown]}
 
 
@@ -492,7 +501,8 @@ def _provenance(cache: str, table: OutcomeTable, comparison: Comparison) -> dict
     from routewright.routers.base import versions
     from routewright.tracking import masked
 
-    return {"command": masked(shlex.join(["python", *sys.argv])), "written": datetime.now(UTC).isoformat(timespec="seconds"),
+    return {"command": masked(shlex.join(["python", *sys.argv])),
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "git": _git_commit(), "versions": versions(), "cache": str(cache), "cache_fingerprint": table.fingerprint,
             "pool": table.pool.name, "prices_dated": table.pool.prices_dated, "views": comparison.results["views"]}
 
@@ -503,7 +513,8 @@ def _git_commit() -> str:
 
     here = Path(__file__).parent
     try:
-        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        commit = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True,
+                                timeout=10)
         changed = subprocess.run(["git", "-C", str(here), "status", "--porcelain", "--untracked-files=no"],
                                  capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -587,7 +598,8 @@ def _track(folder: Path, results: Mapping[str, Any], mode: str, project: str, pl
                          f"frontier/{mark}/quality": settings["test_quality"][place],
                          f"frontier/{mark}/cost_weight": settings["cost_weight"][place]})
             point = router["points"]["balanced"]
-            run.summary({f"{mark}/quality": point["quality"]["value"], f"{mark}/cost_per_1k": point["cost_per_1k"]["value"],
+            run.summary({f"{mark}/quality": point["quality"]["value"],
+                         f"{mark}/cost_per_1k": point["cost_per_1k"]["value"],
                          f"{mark}/versus_mix": point["versus_mix"]["value"], f"{mark}/verdict": router["verdict"],
                          f"{mark}/aiq": router["aiq"]["value"], f"{mark}/regret": point["regret"]["value"]})
         run.summary({"headline": results["headline"]["text"]})
@@ -595,6 +607,7 @@ def _track(folder: Path, results: Mapping[str, Any], mode: str, project: str, pl
         run.table("leaderboard", columns, rows)
         if plots:
             run.image("frontier", folder / "frontier.png", results["headline"]["text"])
-        files = [folder / n for n in ("comparison.json", "leaderboard.md", "decisions.parquet", "samples.csv", "report.html")]
+        files = [folder / n for n in ("comparison.json", "leaderboard.md", "decisions.parquet", "samples.csv",
+                                      "report.html")]
         run.artifact(f"evaluation-{results['cache']['fingerprint']}", "evaluation", files,
                      {"headline": results["headline"]["text"]})

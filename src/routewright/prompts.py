@@ -262,6 +262,14 @@ def assign_splits(groups: Sequence[str], fractions: Mapping[str, float] | None =
     return [chosen[group] for group in groups]
 
 
+def seed_splits(prompts: Sequence[Prompt], seed: int) -> list[str]:
+    """The division of prompts that stands for one seed: train, dev, test 60/20/20 by group.
+
+    Evaluation and trainers share it, so that a router trained with a seed can be judged on that seed's test prompts.
+    """
+    return assign_splits([p.group or p.prompt_id for p in prompts], salt=f"seed {seed}:")
+
+
 # ---------------------------------------------------------------- leaks
 
 @dataclass(frozen=True)

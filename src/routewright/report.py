@@ -17,7 +17,8 @@ NONE = "n/a"
 THIN, MINUS = "\u00a0", "\u2212"  # a blank that does not break, a minus as long as a plus
 MARGIN = 0.02  # two points of quality: as much as an interval may reach below 0 and still be called the same quality
 COLUMNS = ("router", "role", "verdict", "versus_mix_points", "versus_mix_lo", "versus_mix_hi", "quality", "quality_lo",
-           "quality_hi", "usd_per_1k", "cost_ratio", "parity_cost_ratio", "parity_cost_ratio_lo", "parity_cost_ratio_hi",
+           "quality_hi", "usd_per_1k", "cost_ratio", "parity_cost_ratio", "parity_cost_ratio_lo",
+           "parity_cost_ratio_hi",
            "parity_quality_points", "aiq", "aiq_verdict", "regret", "arena", "largest_share")
 
 
@@ -58,7 +59,8 @@ def span(said: Mapping[str, Any] | None, form: Any, joint: str = " to ") -> str:
 
 def percent_range(said: Mapping[str, Any] | None, digits: int = 1) -> str:
     """An interval of percentages with one sign of percent."""
-    return span(said, lambda v: f"{100 * v:.{digits}f}", "\u2013") + ("" if not said or said["lo"] is None else f"{THIN}%")
+    return span(said, lambda v: f"{100 * v:.{digits}f}",
+                "\u2013") + ("" if not said or said["lo"] is None else f"{THIN}%")
 
 
 def _level(results: Mapping[str, Any]) -> str:
@@ -76,8 +78,8 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     results = charts.in_order(results)
     routers = {n: r for n, r in results["routers"].items() if not r["control"]}
     best, level = short_names(results)[results["best_single"]], _level(results)
-    reaching = {n: r for n, r in routers.items() if all(r["parity_reached_on_dev"])
-                and r["points"]["parity"]["dev_cost_ratio"] is not None and r["points"]["parity"]["dev_cost_ratio"] < 1}
+    reaching = {n: r for n, r in routers.items() if r["points"]["parity"]["dev_quality_difference"] >= -1e-12
+                and r["points"]["parity"]["dev_cost_ratio"] < 1}
     if not reaching:
         return _headline_none(results, routers)
     name = min(reaching, key=lambda n: (reaching[n]["points"]["parity"]["dev_cost_ratio"], n))
@@ -87,13 +89,15 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     detail = f"Quality on test: {points(gap['value'])} points against always {best} ({level} {span(gap, points)})."
     tone = "good"
     if gap["verdict"] == "loses":
-        text, tone = (f"{name} falls {abs(100 * gap['value']):.1f} points short of {best}, whose quality it was set to match, "
-                      f"at {cost} of its cost."), "bad"
+        text, tone = (f"{name} falls {abs(100 * gap['value']):.1f} points short of {best}, whose quality it was set to "
+                      f"match, at {cost} of its cost."), "bad"
     elif gap["verdict"] == "beats":
         text = f"{name} answers better than {best}, the best single model, at {cost} of its cost."
     elif gap["lo"] is not None and gap["lo"] < -MARGIN:  # a wide interval around 0 is no proof of equal quality
-        text, tone = f"{name} costs {cost} of {best}, the best single model, for {points(gap['value'])} points of quality.", "mixed"
-        detail = f"These prompts cannot tell the two qualities apart ({level} of the difference: {span(gap, points)} points)."
+        text, tone = (f"{name} costs {cost} of {best}, the best single model, for {points(gap['value'])} points of "
+                      "quality."), "mixed"
+        detail = (f"These prompts cannot tell the two qualities apart ({level} of the difference: {span(gap, points)} "
+                  "points).")
     else:
         text = f"At the best single model's quality, {name} costs {cost} of it."
     if ratio["hi"] is not None and ratio["hi"] >= 1:
@@ -102,8 +106,8 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     mix = point["versus_mix"]
     if mix["verdict"] != "beats":
         word = "does as well" if mix["verdict"] == "ties" else "does better"
-        detail += (f" A random mix of models that reads no prompt {word} at that cost (difference {points(mix['value'])} points, "
-                   f"{span(mix, points)}).")
+        detail += (f" A random mix of models that reads no prompt {word} at that cost (difference "
+                   f"{points(mix['value'])} points, {span(mix, points)}).")
         tone = "mixed" if tone == "good" else tone
     else:
         detail += (f" That is {100 * mix['value']:.1f} points above the best random mix of models at the same cost "
@@ -115,21 +119,25 @@ def _headline_none(results: Mapping[str, Any], routers: Mapping[str, Any]) -> di
     """No router reached the best single model's quality for less on dev."""
     best = short_names(results)[results["best_single"]]
     if not routers:
-        return {"text": f"No router was judged: only controls stand beside {best}.", "detail": "", "router": None, "tone": "bad"}
+        return {"text": f"No router was judged: only controls stand beside {best}.", "detail": "", "router": None,
+                "tone": "bad"}
     name = max(routers, key=lambda n: (routers[n]["points"]["balanced"]["dev_reward"], -list(routers).index(n)))
     point = routers[name]["points"]["balanced"]
     mix = point["versus_mix"]
     side = "above" if mix["value"] >= 0 else "below"
-    judged = {"beats": "a real gain", "ties": "no difference that these prompts can show", "loses": "a real loss"}[mix["verdict"]]
-    return {"text": f"No router is shown to match {best}, the best single model, for less money.",
-            "detail": f"On the dev prompts no cheaper setting of any router reached its quality. At its balanced setting {name} reaches {percent(point['quality']['value'])} quality at "
-                      f"{percent(point['cost_ratio']['value'], 0)} of the cost of {best}. That is {abs(100 * mix['value']):.1f} "
-                      f"points {side} the best random mix of models at that cost ({_level(results)} {span(mix, points)}), {judged}.",
+    judged = {"beats": "a real gain", "ties": "no difference that these prompts can show",
+              "loses": "a real loss"}[mix["verdict"]]
+    quality, ratio = percent(point["quality"]["value"]), percent(point["cost_ratio"]["value"], 0)
+    detail = ("On the dev prompts no cheaper setting of any router reached its quality. At its balanced setting "
+              f"{name} reaches {quality} quality at {ratio} of the cost of {best}. That is "
+              f"{abs(100 * mix['value']):.1f} points {side} the best random mix of models at that cost "
+              f"({_level(results)} {span(mix, points)}), {judged}.")
+    return {"text": f"No router is shown to match {best}, the best single model, for less money.", "detail": detail,
             "router": name, "tone": "mixed" if mix["verdict"] == "beats" else "bad"}
 
 
 def worth_naming(results: Mapping[str, Any]) -> list[str]:
-    """The models a plot names and a terminal shows: all of a small pool, else those on the hull and the best single one."""
+    """The models a plot names and a terminal shows; see `charts.worth_naming`."""
     return charts.worth_naming(results)
 
 
@@ -141,21 +149,24 @@ def short_names(results: Mapping[str, Any]) -> dict[str, str]:
 # ---------------------------------------------------------------- tables
 
 def leaderboard_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """(columns, rows) of plain values: routers, content controls, models, mix and oracle. For W&B and for the tables."""
+    """(columns, rows) of plain values: routers, content controls, models, mix and oracle. For W&B and the tables."""
     results = charts.in_order(results)
     rows: list[list[Any]] = []
     for name, router in results["routers"].items():
         b, p = router["points"]["balanced"], router["points"]["parity"]
         rows.append([name, "control" if router["control"] else "router", b["versus_mix"]["verdict"],
-                     _hundred(b["versus_mix"]["value"]), _hundred(b["versus_mix"]["lo"]), _hundred(b["versus_mix"]["hi"]),
+                     _hundred(b["versus_mix"]["value"]), _hundred(b["versus_mix"]["lo"]),
+                     _hundred(b["versus_mix"]["hi"]),
                      b["quality"]["value"], b["quality"]["lo"], b["quality"]["hi"], b["cost_per_1k"]["value"],
                      b["cost_ratio"]["value"], *(p["cost_ratio"][k] for k in ("value", "lo", "hi")),
-                     _hundred(p["quality_difference"]["value"]), router["aiq"]["value"], router["aiq_versus_mix"]["verdict"],
+                     _hundred(p["quality_difference"]["value"]), router["aiq"]["value"],
+                     router["aiq_versus_mix"]["verdict"],
                      b["regret"]["value"], b["arena"], b["largest_share"]])
     rows.sort(key=lambda r: r[1] == "control")
     gap = [None] * len(COLUMNS)
     for name, model in results["models"].items():
-        rows.append([f"always {short_names(results)[name]}", "model", *gap[2:6], *(model["quality"][k] for k in ("value", "lo", "hi")),
+        rows.append([f"always {short_names(results)[name]}", "model", *gap[2:6],
+                     *(model["quality"][k] for k in ("value", "lo", "hi")),
                      model["cost_per_1k"]["value"], *gap[10:]])
     rows.append(["best random mix", "content-free", *gap[2:15], results["mix"]["aiq"]["value"], *gap[16:]])
     oracle = results["oracle"]
@@ -187,7 +198,8 @@ def table_cells(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
             f"{signed(mix['value'])} ({span(mix, signed)})" if mix["value"] is not None else "",
             f"{percent(of['quality'])} ({span(quality, bare, '–')})" if of["quality"] is not None else "",
             money(of["usd_per_1k"]) if of["usd_per_1k"] is not None else "",
-            f"{percent(of['parity_cost_ratio'], 0)} ({span(parity, whole, '–')})" if of["parity_cost_ratio"] is not None else "",
+            f"{percent(of['parity_cost_ratio'], 0)} ({span(parity, whole, '–')})"
+            if of["parity_cost_ratio"] is not None else "",
             signed(of["parity_quality_points"]) if of["parity_quality_points"] is not None else "",
             f"{of['aiq']:.4f}" if of["aiq"] is not None else "", (of["aiq_verdict"] or "") if judged else ""])
     return heads, rows
@@ -197,8 +209,9 @@ def reward_words(results: Mapping[str, Any]) -> str:
     """The reward as a formula, and what it values a point of quality at."""
     reward = results["reward"]
     weight = reward["cost_weight"]
-    formula = {"linear": f"quality - {weight:g} x cost", "binary": f"correct x ({reward.get('K', 1):g} - {weight:g} x cost)",
-               "capped": f"quality x ({reward.get('K', 1):g} - min({weight:g} x cost, {_number(reward.get('cost_max'))}))"}
+    K, most = reward.get("K", 1), _number(reward.get("cost_max"))
+    formula = {"linear": f"quality - {weight:g} x cost", "binary": f"correct x ({K:g} - {weight:g} x cost)",
+               "capped": f"quality x ({K:g} - min({weight:g} x cost, {most}))"}
     said = f"{formula[reward['kind']]} (cost in USD per answer)"
     if reward["kind"] == "linear" and weight > 0:
         said += f": one point of quality on 1,000 prompts is worth {money(10.0 / weight)}"
@@ -218,8 +231,9 @@ def method_lines(results: Mapping[str, Any]) -> list[str]:
     return [
         f"{tests} test prompts, {kind}; {results['n_resamples']:,} paired bootstrap resamples of prompts, "
         f"{100 * results['level']:g} % percentile intervals.",
-        f"Settings are chosen on dev and reported on test. Balanced: best dev reward, {reward_words(results)}. Parity: the "
-        f"cheapest setting that reaches the dev quality of the best single model ({results['best_single']}); relative costs are against that model.",
+        f"Settings are chosen on dev and reported on test. Balanced: best dev reward, {reward_words(results)}. Parity: "
+        f"the cheapest setting that reaches the dev quality of the best single model ({results['best_single']}); "
+        "relative costs are against that model.",
         "Verdict: the interval of the quality difference to the best content-free control (the upper hull of the "
         "always-one-model points) at the router's own cost. Whole curve: the same for AIQ, the mean quality over the "
         "cost range of the pool. Costs include the router's own overhead in dollars."]
@@ -283,7 +297,8 @@ def terminal(results: Mapping[str, Any]) -> None:
 def chart_specs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """The charts of this evaluation by file name."""
     results = charts.in_order(results)
-    specs = {"frontier": charts.frontier(results), "shares": charts.shares(results), "calibration": charts.calibration(results)}
+    specs = {"frontier": charts.frontier(results), "shares": charts.shares(results),
+             "calibration": charts.calibration(results)}
     lead = results["headline"]["router"]
     if lead is not None:
         specs["budget"] = charts.budget(results, lead)
@@ -293,7 +308,8 @@ def chart_specs(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return specs
 
 
-def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping[str, Any], provenance: Mapping[str, Any],
+def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping[str, Any],
+         provenance: Mapping[str, Any],
          timing: Mapping[str, Any]) -> str:
     """The page: everything inline, nothing fetched. Prompts and answers are escaped."""
     results = charts.in_order(results)
@@ -303,11 +319,13 @@ def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping
     environment.filters |= {"percent": percent, "points": points, "money": money}
     template = environment.from_string((Path(__file__).parent / "report_page.html").read_text(encoding="utf-8"))
     return template.render(
-        r=results, short=short_names(results), named=worth_naming(results), lead=results["headline"]["router"], examples=examples, provenance=provenance, timing=timing,
+        r=results, short=short_names(results), named=worth_naming(results), lead=results["headline"]["router"],
+        examples=examples, provenance=provenance, timing=timing,
         routers={n: v for n, v in results["routers"].items() if not v["control"]},
         controls={n: v for n, v in results["routers"].items() if v["control"]},
         warnings=_warnings(results), methods=method_lines(results), reward_words=reward_words(results),
-        level=_level(results), span=span, points=points, percent=percent, range=percent_range, versus=_versus_names(results), specs=_for_script(dict(specs)),
+        level=_level(results), span=span, points=points, percent=percent, range=percent_range,
+        versus=_versus_names(results), specs=_for_script(dict(specs)),
         has={name: name in specs for name in ("budget", "tasks")},
         themes=_for_script({"light": {**charts.theme(), "background": "transparent"}, "dark": charts.theme(dark=True)}),
         vega=charts.page_script().replace("</script", "<\\/script"))
@@ -324,6 +342,7 @@ def _versus_names(results: Mapping[str, Any]) -> list[str]:
 def _for_script(value: Any) -> str:
     """JSON that may stand inside a script element."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+    for character, code in (("<", "\\u003c"), (">", "\\u003e"), ("&", "\\u0026"), ("\u2028", "\\u2028"),
+                            ("\u2029", "\\u2029")):
         text = text.replace(character, code)
     return text

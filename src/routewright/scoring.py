@@ -32,7 +32,8 @@ from routewright.outcomes import OutcomeTable
 from routewright.stats import Resampler, interval, verdict
 
 POINTS = ("balanced", "parity")
-LEDGER = ("view", "router", "point", "prompt_id", "model", "estimate", "quality", "cost_usd", "overhead_usd", "cost_weight")
+LEDGER = ("view", "router", "point", "prompt_id", "model", "estimate", "quality", "cost_usd", "overhead_usd",
+          "cost_weight")
 MOST_TASKS = 40  # tasks with a row of their own; the rest share one
 
 
@@ -277,7 +278,7 @@ class _Place:
 def compare(table: OutcomeTable, views: Sequence[View], contestants: Sequence[Contestant], rules: Rules) -> Comparison:
     """Score every contestant in every view it has estimates for, and set it beside the controls."""
     if table.m < 2:
-        raise UserError(f"the pool has one model ({table.models[0]}), so there is nothing to route; record at least two")
+        raise UserError(f"the pool has one model ({table.models[0]}), so there is nothing to route; record two or more")
     board = Board(views, rules)
     splits = [(table.rows(v.train), table.rows(v.dev), table.rows(v.test)) for v in views]
     expected = [(expected_cost(train, dev), expected_cost(train, test)) for train, dev, test in splits]
@@ -295,7 +296,7 @@ def compare(table: OutcomeTable, views: Sequence[View], contestants: Sequence[Co
     grid = _cost_grid(board, world)
     score = _Scorer(table, views, splits, contestants, rules, board, world, grid, swept, places, masks, tasks)
     results = score.results()
-    _check(results, board, world, places)
+    _check(board, world, places)
     return Comparison(results, score.decisions(), swept)
 
 
@@ -381,7 +382,8 @@ class _Scorer:
         self.table, self.views, self.splits, self.contestants = table, views, splits, contestants
         self.rules, self.board, self.world, self.grid = rules, board, world, grid
         self.swept, self.places, self.masks, self.tasks = swept, places, masks, tasks
-        self.hulls = [self._hull(i, np.broadcast_to(grid, (1 + rules.n_resamples, len(grid)))) for i in range(len(views))]
+        self.hulls = [self._hull(i, np.broadcast_to(grid, (1 + rules.n_resamples, len(grid))))
+                      for i in range(len(views))]
 
     # ------------------------------------------------------------ small parts
 
@@ -404,7 +406,7 @@ class _Scorer:
         return np.trapezoid(heights, self.grid, axis=1) / (self.grid[-1] - self.grid[0])
 
     def say(self, by_view: Sequence[np.ndarray], judged: bool = False) -> dict[str, Any]:
-        """{value, lo, hi} of the mean over views, the deviation between seeds, and the verdict where it is a difference."""
+        """{value, lo, hi} of the mean over views, the deviation between seeds, and the verdict of a difference."""
         samples = np.mean(by_view, axis=0)
         lo, hi = interval(samples[1:], self.rules.level)
         said = {"value": clean(samples[0]), "lo": clean(lo), "hi": clean(hi)}
@@ -421,9 +423,11 @@ class _Scorer:
 
     def results(self) -> dict[str, Any]:
         return {"order": {"models": list(self.table.models), "routers": [c.name for c in self.contestants]},
-                "models": self._models(), "oracle": self._oracle(), "mix": self._mix(), "grid": [clean(c) for c in self.grid],
+                "models": self._models(), "oracle": self._oracle(), "mix": self._mix(),
+                "grid": [clean(c) for c in self.grid],
                 "best_single": self._best_single(), "level": self.rules.level, "n_resamples": self.rules.n_resamples,
-                "views": [{"name": v.name, "seed": v.seed, "train": len(v.train), "dev": len(v.dev), "test": len(v.test)}
+                "views": [{"name": v.name, "seed": v.seed, "train": len(v.train), "dev": len(v.dev),
+                           "test": len(v.test)}
                           for v in self.views],
                 "tasks": self._tasks(),
                 "routers": {c.name: self._contestant(c) for c in self.contestants}}
@@ -461,7 +465,8 @@ class _Scorer:
         found = {}
         for name in dict.fromkeys(n for m in self.masks for n in m):
             here = [m[name] for m in self.masks if name in m]
-            found[name] = {"n": sum(t["n"] for t in here), "best_single_quality": self._mean([t["quality"] for t in here]),
+            found[name] = {"n": sum(t["n"] for t in here),
+                           "best_single_quality": self._mean([t["quality"] for t in here]),
                            "best_single_cost_per_1k": self._mean([t["cost"] for t in here], scale=1000)}
         return found
 
@@ -478,8 +483,10 @@ class _Scorer:
             "verdict": points["balanced"]["versus_mix"]["verdict"],
             "points": points,
             "aiq": self.say(areas),
-            "aiq_versus_mix": self.say([a - self._area(self.hulls[i]) for a, i in zip(areas, at, strict=True)], judged=True),
-            "curve": {"quality": [clean(q) for q in band[0]], "lo": [clean(q) for q in lo], "hi": [clean(q) for q in hi]},
+            "aiq_versus_mix": self.say([a - self._area(self.hulls[i]) for a, i in zip(areas, at, strict=True)],
+                                       judged=True),
+            "curve": {"quality": [clean(q) for q in band[0]], "lo": [clean(q) for q in lo],
+                      "hi": [clean(q) for q in hi]},
             "settings": self._settings(contestant.name, at[0]),
             "parity_reached_on_dev": [self.swept[contestant.name, i].reached for i in at],
             "tasks": self._contestant_tasks(contestant.name, at),
@@ -507,6 +514,7 @@ class _Scorer:
             "quality_difference": self.say([q - b for q, b in zip(quality, best_quality, strict=True)], judged=True),
             "versus_mix": self.say([q - m for q, m in zip(quality, mix, strict=True)], judged=True),
             "dev_cost_ratio": clean(np.mean([self._dev_ratio(name, i, point) for i in at])),
+            "dev_quality_difference": clean(np.mean([self._dev_gap(name, i, point) for i in at])),
             "dev_reward": clean(np.mean([self._dev_reward(name, i, point) for i in at])),
             "mix_quality": clean(np.mean([m[0] for m in mix])),
             "cost_weight": [clean(self.swept[name, i].weights[self.swept[name, i].chosen[point]]) for i in at],
@@ -520,6 +528,11 @@ class _Scorer:
         """Cost over the best single model's on dev: what may be looked at when one router is to be picked."""
         run, world = self.swept[name, view], self.world[view]
         return run.dev_cost[run.chosen[point]] / max(world["dev_cost"][world["best"]], 1e-300)
+
+    def _dev_gap(self, name: str, view: int, point: str) -> float:
+        """Quality minus the best single model's on dev."""
+        run, world = self.swept[name, view], self.world[view]
+        return run.dev_quality[run.chosen[point]] - world["dev_quality"][world["best"]]
 
     def _dev_reward(self, name: str, view: int, point: str) -> float:
         run = self.swept[name, view]
@@ -537,10 +550,13 @@ class _Scorer:
         for i, c, share in zip(at, cost, shares, strict=True):
             world_quality = self.board[self.world[i]["quality"]]
             found["shuffled"].append(world_quality @ share)
-            found["fixed split"].append(world_quality @ metrics.mix_weights(float(c[0]), self.world[i]["dev_cost"], self.world[i]["dev_quality"]))
+            found["fixed split"].append(world_quality @ metrics.mix_weights(float(c[0]), self.world[i]["dev_cost"],
+                                                                            self.world[i]["dev_quality"]))
         for other in self.contestants:
-            if (other.is_control or other.kind == "knn") and other.name != contestant.name and all(i in other.estimates for i in at):
-                found[other.name] = [self._curve(other.name, i, c[:, None])[:, 0] for i, c in zip(at, cost, strict=True)]
+            yardstick = (other.is_control or other.kind == "knn") and other.name != contestant.name
+            if yardstick and all(i in other.estimates for i in at):
+                found[other.name] = [self._curve(other.name, i, c[:, None])[:, 0]
+                                     for i, c in zip(at, cost, strict=True)]
         said = {}
         for name, control in found.items():
             said[name] = {"quality": clean(np.mean([c[0] for c in control])),
@@ -556,7 +572,8 @@ class _Scorer:
             tokens.append((test.input_tokens[rows, picks] + test.output_tokens[rows, picks]).mean())
             latency.append(test.latency[rows, picks].mean())
             overhead.append(est.test_overhead.mean())
-        return {"tokens": clean(np.mean(tokens)) if self.table.input_tokens.any() or self.table.output_tokens.any() else None,
+        return {"tokens": clean(np.mean(tokens)) if self.table.input_tokens.any() or self.table.output_tokens.any()
+                else None,
                 "latency_s": clean(np.mean(latency)), "overhead_per_1k": clean(np.mean(overhead) * 1000)}
 
     def _collapse(self, contestant: Contestant, point: str) -> dict[str, Any]:
@@ -564,7 +581,8 @@ class _Scorer:
         found = []
         for i in contestant.views:
             test, run = self.splits[i][2], self.swept[contestant.name, i]
-            found.append(metrics.collapse(run.decisions[run.chosen[point]], self.table.m, [p.task for p in test.prompts]))
+            found.append(metrics.collapse(run.decisions[run.chosen[point]], self.table.m,
+                                          [p.task for p in test.prompts]))
         return {"largest_share": clean(np.mean([c.top_share for c in found])),
                 "entropy_bits": clean(np.mean([c.entropy for c in found])),
                 "task_information_bits": clean(np.mean([c.mutual_information for c in found])),
@@ -592,7 +610,8 @@ class _Scorer:
             best = [self.board[self.masks[i][task]["quality"]] for i in here]
             found[task] = {"n": sum(self.masks[i][task]["n"] for i in here), "quality": self.say(quality),
                            "cost_per_1k": self._mean([self.places[name, i].tasks[task][1] for i in here], scale=1000),
-                           "versus_best_single": self.say([q - b for q, b in zip(quality, best, strict=True)], judged=True)}
+                           "versus_best_single": self.say([q - b for q, b in zip(quality, best, strict=True)],
+                                                          judged=True)}
         return found
 
     def _calibration(self, contestant: Contestant, at: list[int]) -> dict[str, Any]:
@@ -610,14 +629,18 @@ class _Scorer:
                 estimates.append(estimate)
                 qualities.append(quality)
         bins = metrics.reliability(np.concatenate(estimates), np.concatenate(qualities))
-        return {"models": {name: {key: mean_of(values) for key, values in scores.items()} for name, scores in by_model.items()},
+        return {"models": {name: {key: mean_of(values) for key, values in scores.items()}
+                           for name, scores in by_model.items()},
                 "bins": [{"estimate": clean(e), "quality": clean(q), "n": int(n)}
                          for e, q, n in zip(bins.estimate, bins.quality, bins.count, strict=True)]}
 
     def _two_model(self, contestant: Contestant, at: list[int]) -> dict[str, Any] | None:
-        """APGR and CPT over the test prompts; for a router that learns nothing from the cache also over all its prompts.
-        None for pools of other sizes, where they are not defined."""
-        if self.table.m != 2 or any(contestant.estimates[i].test_fixed is not None or len(contestant.estimates[i].columns) != 2
+        """APGR and CPT over the test prompts, and over all prompts for a router that learns nothing from the cache.
+
+        None for pools of other sizes, where they are not defined.
+        """
+        if self.table.m != 2 or any(contestant.estimates[i].test_fixed is not None
+                                    or len(contestant.estimates[i].columns) != 2
                                     for i in at):
             return None
         parts = []
@@ -641,12 +664,14 @@ class _Scorer:
                 place[est.columns] = np.arange(len(est.columns))
                 for point in POINTS:
                     picks = run.decisions[run.chosen[point]]
-                    values = (self.views[i].name, contestant.name, point, ids[i], models[picks], est.test[rows, place[picks]],
+                    values = (self.views[i].name, contestant.name, point, ids[i], models[picks],
+                              est.test[rows, place[picks]],
                               test.quality[rows, picks], test.cost[rows, picks], est.test_overhead,
                               float(run.weights[run.chosen[point]]))
                     for key, value in zip(LEDGER, values, strict=True):
                         kind = object if isinstance(value, str) else None
-                        parts[key].append(value if isinstance(value, np.ndarray) else np.full(test.n, value, dtype=kind))
+                        parts[key].append(value if isinstance(value, np.ndarray)
+                                          else np.full(test.n, value, dtype=kind))
         return {key: np.concatenate(values) for key, values in parts.items()}
 
 
@@ -664,11 +689,12 @@ def two_model_scores(estimate: np.ndarray, table: OutcomeTable) -> dict[str, flo
         origin = metrics.compat.routellm(1.0 - score, table.quality[:, cheap], table.quality[:, strong])
     except UserError:
         return {key: None if value is None else clean(value) for key, value in said.items()}
-    said |= {"compat_apgr": origin.apgr, "compat_auc": origin.auc, **{f"compat_cpt{p}": v for p, v in origin.cpt.items()}}
+    said |= {"compat_apgr": origin.apgr, "compat_auc": origin.auc,
+             **{f"compat_cpt{p}": v for p, v in origin.cpt.items()}}
     return {key: None if value is None else clean(value) for key, value in said.items()}
 
 
-def _check(results: Mapping[str, Any], board: Board, world: list[dict[str, Any]], places: Mapping) -> None:
+def _check(board: Board, world: list[dict[str, Any]], places: Mapping) -> None:
     """What must hold whatever the data: nobody beats the oracle, on the data or on any resample."""
     for (name, view), place in places.items():
         for point, handles in place.points.items():

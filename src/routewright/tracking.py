@@ -22,8 +22,8 @@ from typing import Any
 from routewright.errors import UserError
 
 MODES = ("auto", "online", "offline", "off")
-_SECRET_NAME = re.compile(r"(^|[_.-])(api_?keys?|secret|password|passwd|credentials?|(hf|access|auth|bearer)_?token)($|[_.-])",
-                          re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|[_.-])(api_?keys?|secret|password|passwd|credentials?|(hf|access|auth|bearer)_?token)"
+                          r"($|[_.-])", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
 
@@ -37,7 +37,7 @@ class Silent:
         """Record numbers. Entries that are None, NaN or infinite are left out."""
 
     def define(self, names: str, step: str) -> None:
-        """Draw the metrics that match `names` (such as "frontier/*") over the metric `step` instead of the step count."""
+        """Draw the metrics that match `names` (such as "frontier/*") over the metric `step`, not the step count."""
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """The values that stand for the whole run."""
@@ -48,7 +48,8 @@ class Silent:
     def image(self, name: str, path: str | Path, caption: str = "") -> None:
         """A PNG file."""
 
-    def artifact(self, name: str, kind: str, paths: Sequence[str | Path], metadata: Mapping[str, Any] | None = None) -> None:
+    def artifact(self, name: str, kind: str, paths: Sequence[str | Path],
+                 metadata: Mapping[str, Any] | None = None) -> None:
         """Files that belong together, versioned under `name`. `kind` is W&B's artifact type."""
 
     def finish(self, exit_code: int = 0) -> None:
@@ -92,7 +93,8 @@ class Tracker(Silent):
 
         self.run.log({name: wandb.Image(str(path), caption=caption or None)})
 
-    def artifact(self, name: str, kind: str, paths: Sequence[str | Path], metadata: Mapping[str, Any] | None = None) -> None:
+    def artifact(self, name: str, kind: str, paths: Sequence[str | Path],
+                 metadata: Mapping[str, Any] | None = None) -> None:
         import wandb
 
         made = wandb.Artifact(re.sub(r"[^A-Za-z0-9._-]", "-", name), type=kind, metadata=dict(metadata or {}))
@@ -147,7 +149,7 @@ def _begin(wandb: Any, project: str, name: str, folder: str | Path, config: Mapp
 
 
 def check_mode(asked: str) -> str:
-    """What an asked mode comes to on this machine: online, offline or off. Raises UserError, so call it before the work."""
+    """What an asked mode comes to on this machine: online, offline or off. Raises UserError."""
     if asked not in MODES:
         raise UserError(f"wandb mode {asked!r} is not one of {', '.join(MODES)}")
     environment = os.environ.get("WANDB_MODE", "").lower()
@@ -179,7 +181,7 @@ def has_key() -> bool:
 
 
 def masked(value: Any, name: str = "") -> Any:
-    """The value with every secret in it replaced by "***": by the name of its key, or as the value of a key variable."""
+    """The value with its secrets replaced by "***": by the name of the key, or as the value of a key variable."""
     if isinstance(value, Mapping):
         return {str(k): masked(v, str(k)) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -48,14 +48,15 @@ class Source:
         return self.form == "pool"
 
 
-def load_examples(data: str, val: str, cache: str, form: str, num_labels: int, skip_bad: int,
-                  say: Say) -> tuple[Examples, Examples, Source]:
+def load_examples(data: str, val: str, cache: str, form: str, num_labels: int, skip_bad: int, say: Say,
+                  split_seed: int | None = None) -> tuple[Examples, Examples, Source]:
     """(train, validation, source), every row checked; warnings go to `say`. Raises UserError naming file and line.
 
-    A test split is never read, and without validation rows a tenth of the training groups is held out.
+    A test split is never read, and without validation rows a tenth of the training groups is held out. `split_seed`
+    divides a cache anew, as evaluation's seed of that number does.
     """
     if cache:
-        return load_cache(cache, "pool" if form == "auto" else form, num_labels, say)
+        return load_cache(cache, "pool" if form == "auto" else form, num_labels, say, split_seed)
     pairs = read_pairs(data, num_labels, skip_bad)
     if val:
         held = read_pairs(val, num_labels, skip_bad)
@@ -76,11 +77,15 @@ def load_examples(data: str, val: str, cache: str, form: str, num_labels: int, s
     return pair_examples(pairs), pair_examples(held), source
 
 
-def load_cache(cache: str, form: str, num_labels: int, say: Say) -> tuple[Examples, Examples, Source]:
+def load_cache(cache: str, form: str, num_labels: int, say: Say,
+               split_seed: int | None = None) -> tuple[Examples, Examples, Source]:
     from routewright.outcomes import OutcomeTable
+    from routewright.prompts import seed_splits
     from routewright.routers.base import prompt_text
 
     table = OutcomeTable.load(cache)
+    if split_seed is not None:
+        table = table.with_splits(seed_splits(table.prompts, split_seed))
     if "train" not in table.splits:
         found = ", ".join(map(str, table.splits)) or "none"
         raise UserError(f"{cache}: no prompt carries split 'train' (found: {found}); give the cache splits with "
