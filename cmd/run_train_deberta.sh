@@ -93,23 +93,5 @@ WORLD_SIZE="$ranks" "$python" "$ROOT/src/train_deberta.py" "${flags[@]}" "$@" $(
 if has check_only; then cat "$log" >&2; rm -f "$log"; exit 0; fi
 rm -f "$log"
 
-# torchrun itself, with its pages of traceback turned into the exit code of the rank that failed first.
-exec "$python" -c '
-import sys
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.run import main
-try:
-    main(sys.argv[1:])
-except ChildFailedError as error:
-    rank, failure = error.get_first_failure()
-    codes = {f.exitcode for f in error.failures.values()}
-    known = [c for c in (3, 2, 4) if c in codes]
-    if not known:
-        print(f"error: rank {rank} ended with code {failure.exitcode} ({failure.message or failure.signal_name()}); all ranks were stopped. "
-              "Run the same line again to go on from the last checkpoint", file=sys.stderr)
-    sys.exit(known[0] if known else 1)
-except SignalException as error:
-    print(f"stopped by {error.sigval.name}; run the same line again to go on from the last checkpoint", file=sys.stderr)
-    sys.exit(3)
-' "${line[@]}"
+# torchrun itself, ending with the exit code of the rank that failed first.
+PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}" exec "$python" -m routewright.torchrun "${line[@]}"

@@ -38,9 +38,9 @@ def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
     import torch
 
     longest = max(len(r["input_ids"]) for r in batch)
+    ids = torch.tensor([r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in batch])
     return {
-        "input_ids": torch.tensor([r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in batch]),
-        "attention_mask": torch.tensor([[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in batch]),
+        "input_ids": ids, "attention_mask": (ids > 0).long(),
         "labels": torch.tensor([r["labels"] for r in batch]),
         "weight": torch.tensor([r["weight"] for r in batch])}
 
@@ -53,11 +53,13 @@ def model(dropout: float = 0.1) -> Any:
     torch.manual_seed(0)
     return BertForSequenceClassification(BertConfig(
         vocab_size=WORDS, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=LENGTH, num_labels=2, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout))
+        max_position_embeddings=LENGTH, num_labels=2, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout))
 
 
 def make(out: str | Path, data: list[dict[str, Any]] | None = None, slow_save: float = 0.0, slow_step: float = 0.0,
-         dropout: float = 0.1, base: type | None = None, options: dict[str, Any] | None = None, **arguments: Any) -> Any:
+         dropout: float = 0.1, base: type | None = None, options: dict[str, Any] | None = None,
+         **arguments: Any) -> Any:
     """A SafeTrainer on the small task. slow_save, slow_step: seconds of sleep per saved file and per micro-batch."""
     import torch
     from transformers import TrainingArguments, logging
@@ -88,7 +90,8 @@ def make(out: str | Path, data: list[dict[str, Any]] | None = None, slow_save: f
             super()._finish_checkpoint(staged, final)
 
     arguments = {"output_dir": str(out), **safety_arguments(), "per_device_train_batch_size": 4, "num_train_epochs": 3,
-                 "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4, "logging_steps": 5, "disable_tqdm": True,
+                 "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 4, "logging_steps": 5,
+                 "disable_tqdm": True,
                  "save_total_limit": 3, "remove_unused_columns": False, "seed": 11, "label_names": ["labels"],
                  **arguments}
     data = data if data is not None else rows()
@@ -215,8 +218,8 @@ def rank_trial(out: Path, action: str, timeout: int = 10, ranks: int = 2, steps:
     import subprocess
 
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--", __file__,
-               "--rank_of", str(out), "--timeout", str(timeout), "--steps", str(steps)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "--",
+               __file__, "--rank_of", str(out), "--timeout", str(timeout), "--steps", str(steps)]
     command += [] if poison is None else ["--poison", str(poison)]
     paths = os.pathsep.join([str(Path(__file__).parents[1] / "src"), str(Path(__file__).parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1",
@@ -297,8 +300,8 @@ def be_a_rank(given: argparse.Namespace) -> None:
     guard_process()
     out = given.rank_of
     out.mkdir(parents=True, exist_ok=True)
-    trainer = make(out, data=rows(poison=given.poison), slow_step=0.02, ddp_timeout=given.timeout, max_steps=given.steps,
-                   dropout=0.0, per_device_train_batch_size=2, save_steps=20)
+    trainer = make(out, data=rows(poison=given.poison), slow_step=0.02, ddp_timeout=given.timeout,
+                   max_steps=given.steps, dropout=0.0, per_device_train_batch_size=2, save_steps=20)
     (out / f"pid_{os.environ['RANK']}").write_text(str(os.getpid()))
     try:
         trainer.run(resume="auto")

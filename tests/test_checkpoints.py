@@ -15,7 +15,8 @@ from routewright import checkpoints as ck
 from routewright.errors import UserError
 
 FILES = {"model.safetensors": b"w" * 5000, "optimizer.pt": b"o" * 9000, "scheduler.pt": b"s" * 300,
-         "rng_state_0.pth": b"r" * 700, "trainer_state.json": b'{"a": 1}', "config.json": b"{}", "sub/extra.bin": b"x" * 10}
+         "rng_state_0.pth": b"r" * 700, "trainer_state.json": b'{"a": 1}', "config.json": b"{}",
+         "sub/extra.bin": b"x" * 10}
 
 
 def write(run: Path, step: int, **facts) -> Path:
@@ -183,4 +184,5 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 def test_neither_module_imports_torch():
     code = "import sys, routewright.checkpoints, routewright.trainer; sys.exit('torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

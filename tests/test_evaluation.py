@@ -448,6 +448,19 @@ def test_unrecorded_latency_is_none_and_not_a_number(small):
     assert any("latency was not recorded" in w for w in _warnings(found, silent))
 
 
+def test_a_free_pool_and_equal_prices_give_a_report_without_ratios(cache, tmp_path):
+    raw = yaml.safe_load((cache / "pool.yaml").read_text())
+    for price in (0.0, 1.0):
+        for model in raw["models"]:
+            model["price_input"] = model["price_output"] = price
+        (tmp_path / "pool.yaml").write_text(yaml.safe_dump(raw))
+        results = evaluate(cache=str(cache), routers=write_routers(tmp_path / "r.yaml", LINEAR), **QUICK,
+                           pool=str(tmp_path / "pool.yaml"), output_dir=str(tmp_path / "out"))
+        page = (tmp_path / "out" / "report.html").read_text()
+        assert "nan" not in (tmp_path / "out" / "leaderboard.md").read_text() and "n/a" in page or price
+        assert (results["routers"]["linear"]["points"]["parity"]["cost_ratio"]["value"] is None) == (price == 0.0)
+
+
 def test_one_seed_takes_the_recorded_splits(small):
     table, _ = small
     views, recorded = make_views(table, 1, ("train", "dev", "test"), [], [])

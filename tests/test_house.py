@@ -15,7 +15,7 @@ FLOORS = {
     2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates", "decide",
         "importing", "charts", "report", "launch", "scoring"},
     3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation", "router_data",
-        "tiny_deberta", "base_models"},
+        "tiny_deberta", "base_models", "torchrun"},
 }
 MAY_IMPORT = {
     1: {"numpy"},

@@ -21,8 +21,8 @@ from routewright import checkpoints as ck
 from routewright.errors import MissingSetup, PartialRun, UserError
 
 pytest.importorskip("transformers")
-SEVEN = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
-         "config.json")
+SEVEN = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json",
+         "training_args.bin", "config.json")
 
 
 @pytest.fixture(autouse=True)
@@ -249,12 +249,23 @@ def test_half_the_batch_with_twice_the_accumulation_goes_on(half, chooser):
         chooser._accumulation_for(ck.Checkpoint(half, {"step": 4, "global_batch": 18, "world_size": 3}))
 
 
+def test_accumulation_does_not_change_the_loss(tmp_path):
+    """The stock Trainer doubles it: a plain mean is taken for one divided by the items of the whole batch."""
+    one = unbroken_run(tmp_path / "a", dropout=0.0, max_steps=6)["log"]
+    two = unbroken_run(tmp_path / "b", dropout=0.0, max_steps=6, per_device_train_batch_size=2,
+                       gradient_accumulation_steps=2)["log"]
+    assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], abs=1e-5)
+    assert [row["grad_norm"] for row in two] == pytest.approx([row["grad_norm"] for row in one], abs=1e-4)
+
+
 # ---- NaN, memory, disk ----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("options", [{}, {"train_sampling_strategy": "group_by_length"}, {"gradient_accumulation_steps": 3}])
+@pytest.mark.parametrize("options", [{}, {"train_sampling_strategy": "group_by_length"},
+                                     {"gradient_accumulation_steps": 3}])
 def test_an_inf_loss_stops_before_the_update_and_names_its_row(tmp_path, options):
     out = tmp_path / "run"
-    trainer = kt.make(out, data=kt.rows(poison=17), save_steps=1, options={"row_names": lambda i: f"row-{i}"}, **options)
+    trainer = kt.make(out, data=kt.rows(poison=17), save_steps=1, options={"row_names": lambda i: f"row-{i}"},
+                      **options)
     with pytest.raises(PartialRun, match="loss is .* at step .*row-17") as told:
         trainer.run()
     dump = json.loads((out / "nan_batch.json").read_text())
@@ -273,8 +284,8 @@ def test_an_inf_loss_stops_before_the_update_and_names_its_row(tmp_path, options
 
 def test_a_nan_gradient_with_a_finite_loss_stops_too(tmp_path):
     trainer = kt.make(tmp_path / "run")
-    poison = lambda: trainer.model.classifier.weight.register_hook(lambda g: g * float("nan"))
-    trainer.add_callback(at_step(5, poison))
+    weight = trainer.model.classifier.weight
+    trainer.add_callback(at_step(5, lambda: weight.register_hook(lambda gradient: gradient * float("nan"))))
     with pytest.raises(PartialRun, match="gradient norm is nan at step 6"):
         trainer.run()
     assert trainer.state.global_step == 5
@@ -298,8 +309,8 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path):
     import torch
 
     trainer = kt.make(tmp_path / "run", base=failing(torch.OutOfMemoryError("CUDA out of memory"), 2), save_steps=2)
-    with pytest.raises(PartialRun, match=r"out of memory at step 2 with batch size 4 x length \d+; try "
-                       r"--trainer.per_device_train_batch_size 2 --trainer.gradient_accumulation_steps 2 .*checkpoint-2"):
+    with pytest.raises(PartialRun, match=r"out of memory at step 2 with batch size 4 x length \d+; "
+                       r"try --trainer.per_device_train_batch_size 2 --trainer.gradient_accumulation_steps 2 .*checkpoint"):
         trainer.run()
     trainer = kt.make(tmp_path / "one", base=failing(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0),
                       per_device_train_batch_size=1)
@@ -339,7 +350,8 @@ def test_ranks_that_would_train_alone_are_refused(tmp_path, monkeypatch):
 def run_kills(folder: Path, kills: int, in_save: int) -> dict:
     done = subprocess.run(
         [sys.executable, kt.__file__, "--kills", str(kills), "--in_save", str(in_save), "--folder", str(folder)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -366,7 +378,8 @@ def test_a_dead_or_hung_rank_takes_the_job_down(tmp_path, action):
     told = kt.rank_trial(tmp_path, action, timeout=5)
     assert told["left"] == 0 and told["code"] == 1
     assert told["seconds"] <= (10 if action == "kill" else 5 + 35), told
-    assert any("rank 1 (pid" in line and ("died" if action == "kill" else "is stopped") in line for line in told["said"])
+    what = "died" if action == "kill" else "is stopped"
+    assert any("rank 1 (pid" in line and what in line for line in told["said"])
 
 
 @pytest.mark.slow
@@ -395,7 +408,8 @@ def test_two_ranks_stop_together_on_a_signal_and_go_on_as_one(tmp_path):
 @pytest.mark.slow
 def test_two_ranks_stop_together_on_an_inf_loss(tmp_path):
     told = kt.rank_trial(tmp_path / "run", "none", poison=17)
-    assert told["left"] == 0 and told["code"] == 1 and any("loss is" in line and "rows" in line for line in told["said"])
+    assert told["left"] == 0 and told["code"] == 1
+    assert any("loss is" in line and "rows" in line for line in told["said"])
     dump = json.loads((tmp_path / "run/nan_batch.json").read_text())
     assert sorted(len(part["rows"]) for part in dump["ranks"]) == [0, 2]
     assert 17 in [row for part in dump["ranks"] for row in part["rows"]]

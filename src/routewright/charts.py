@@ -86,28 +86,11 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
         y["scale"]["domain"] = [max(0.0, lowest - 0.01), min(1.0, results["oracle"]["quality"]["value"] + 0.03)]
     colour = {"field": "router", "type": "nominal", "title": None, "scale": {"domain": names, "range": palette},
               "legend": {"symbolType": "stroke", "symbolStrokeWidth": 4, "symbolSize": 220, "symbolOpacity": 1}}
-    curve_rows, point_rows = [], []
-    for name, router in results["routers"].items():
-        for cost, quality, lo, hi in zip(per_1k, *(router["curve"][k] for k in ("quality", "lo", "hi")), strict=True):
-            curve_rows.append({"router": name, "cost": cost, "quality": quality, "lo": lo, "hi": hi,
-                               "control": router["control"]})
-        for label, point in router["points"].items():
-            shares = ", ".join(f"{short[m]} {s:.0%}"
-                               for m,
-                               s in point["shares"].items() if s and s >= 0.005)
-            point_rows.append({"router": name, "setting": label, "cost": point["cost_per_1k"]["value"], "calls": shares,
-                               "quality": point["quality"]["value"], "control": router["control"],
-                               "interval": _interval(point["quality"]), "weight": point["cost_weight"][0],
-                               "against the mix": f"{point['versus_mix']['verdict']} {_interval(point['versus_mix'])}"})
-    short = short_names(results)
-    named = worth_naming(results)
-    model_rows = [{"name": short[n], "label": short[n] if n in named else "", "cost": m["cost_per_1k"]["value"],
-                   "quality": m["quality"]["value"],
-                   "interval": _interval(m["quality"])} for n, m in results["models"].items()]
-    oracle = results["oracle"]
-    oracle_rows = [{"name": "oracle", "label": "oracle", "cost": oracle["cost_per_1k"]["value"],
-                    "quality": oracle["quality"]["value"],
-                    "interval": _interval(oracle["quality"])}]
+    curve_rows, point_rows = _router_rows(results)
+    short, named = short_names(results), worth_naming(results)
+    model_rows = [{"name": short[n], "label": short[n] if n in named else "", **_dot(m)}
+                  for n, m in results["models"].items()]
+    oracle_rows = [{"name": "oracle", "label": "oracle", **_dot(results["oracle"])}]
     mix_rows = [{"cost": c, "quality": q} for c, q in zip(per_1k, results["mix"]["quality"], strict=True)]
     picked = {"param": "router_picked"}
     lead = results["headline"]["router"]
@@ -152,8 +135,8 @@ def shares(results: Mapping[str, Any]) -> dict[str, Any]:
                  "oracle": results["oracle"]["shares"]}
     named = _most_called(results, of_router.values())
     rows = [{"router": router, "model": model, "share": share, "order": place}
-            for router, called in of_router.items() for place,
-            (model, share) in enumerate(_gather(results, called, named))]
+            for router, called in of_router.items()
+            for place, (model, share) in enumerate(_gather(results, called, named))]
     return _spec([{
         "data": {"values": rows}, "mark": {"type": "bar", "height": {"band": 0.72}, "cornerRadius": 2}, "encoding": {
             "y": {"field": "router", "type": "nominal", "title": None, "sort": list(of_router),
@@ -257,6 +240,28 @@ def page_script() -> str:
 
 
 # ---------------------------------------------------------------- parts
+
+def _router_rows(results: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(points of the curves, chosen settings) of every router."""
+    short = short_names(results)
+    curves, chosen = [], []
+    for name, router in results["routers"].items():
+        for cost, *heights in zip(results["grid"], *(router["curve"][k] for k in ("quality", "lo", "hi")), strict=True):
+            curves.append({"router": name, "control": router["control"], "cost": cost * 1000,
+                           **dict(zip(("quality", "lo", "hi"), heights, strict=True))})
+        for label, point in router["points"].items():
+            calls = ", ".join(f"{short[m]} {s:.0%}" for m, s in point["shares"].items() if s and s >= 0.005)
+            mix = point["versus_mix"]
+            chosen.append({"router": name, "control": router["control"], "setting": label, "calls": calls,
+                           "weight": point["cost_weight"][0], **_dot(point),
+                           "against the mix": f"{mix['verdict']} {_interval(mix)}"})
+    return curves, chosen
+
+
+def _dot(said: Mapping[str, Any]) -> dict[str, Any]:
+    return {"cost": said["cost_per_1k"]["value"], "quality": said["quality"]["value"],
+            "interval": _interval(said["quality"])}
+
 
 def _spec(layers: Sequence[Mapping[str, Any]], height: int) -> dict[str, Any]:
     return {"$schema": SCHEMA, "width": "container", "height": height,

@@ -79,7 +79,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     routers = {n: r for n, r in results["routers"].items() if not r["control"]}
     best, level = short_names(results)[results["best_single"]], _level(results)
     reaching = {n: r for n, r in routers.items() if r["points"]["parity"]["dev_quality_difference"] >= -1e-12
-                and r["points"]["parity"]["dev_cost_ratio"] < 1}
+                and (r["points"]["parity"]["dev_cost_ratio"] or 1.0) < 1}
     if not reaching:
         return _headline_none(results, routers)
     name = min(reaching, key=lambda n: (reaching[n]["points"]["parity"]["dev_cost_ratio"], n))

@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import json
 import math
 import os
@@ -56,8 +57,8 @@ from routewright.textfiles import write_atomic, write_json
 # The TrainingArguments that shape the path of the weights; the global batch is compared apart.
 TRAJECTORY = (
     "seed", "data_seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
-    "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "optim",
-    "optim_args", "bf16", "fp16", "tf32", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
+    "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio",
+    "optim", "optim_args", "bf16", "fp16", "tf32", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
     "dataloader_drop_last",
 )
 TRAIN_LOG = "train_log.jsonl"
@@ -269,6 +270,8 @@ class SafetyNet:
         self._batch_shape: tuple[int, ...] = ()
         self._began = time.time()
         super().__init__(*args, **kwargs)
+        if not _loss_counts_items(self.accelerator.unwrap_model(self.model)):
+            self.model_accepts_loss_kwargs = False
 
     # -- the public door --
 
@@ -463,8 +466,8 @@ class SafetyNet:
     def _compare(self, found: ck.Checkpoint) -> None:
         changed = ck.differences(found.manifest.get("fingerprints", {}), self._what_we_train())
         if changed:
-            raise UserError(f"{found.path}: this run differs from the one that wrote the checkpoint ({'; '.join(changed)}); "
-                            "give the same, or start anew with --resume none")
+            raise UserError(f"{found.path}: this run differs from the one that wrote the checkpoint "
+                            f"({'; '.join(changed)}); give the same, or start anew with --resume none")
         self._accumulation_for(found)
 
     def _accumulation_for(self, found: ck.Checkpoint) -> int:
@@ -475,9 +478,10 @@ class SafetyNet:
             return steps
         if ranks == ranks_then or then % (batch * ranks):
             raise UserError(
-                f"{found.path}: trained with a global batch of {then} ({ranks_then} ranks), this run has {ranks} ranks x "
-                f"{batch} rows x {steps} accumulation steps; choose --trainer.per_device_train_batch_size and "
-                f"--trainer.gradient_accumulation_steps so that the product is {then}, or start anew with --resume none")
+                f"{found.path}: trained with a global batch of {then} ({ranks_then} ranks), this run has {ranks} "
+                f"ranks x {batch} rows x {steps} accumulation steps; choose --trainer.per_device_train_batch_size and "
+                f"--trainer.gradient_accumulation_steps so that the product is {then}, or start anew "
+                "with --resume none")
         return then // (batch * ranks)
 
     def _adopt(self, found: ck.Checkpoint | None) -> None:
@@ -487,8 +491,8 @@ class SafetyNet:
             self._world_changed = found.manifest["world_size"] != self.args.world_size
             steps = self._accumulation_for(found)
             if steps != self.args.gradient_accumulation_steps:
-                self._say(f"{self.args.world_size} ranks instead of {found.manifest['world_size']}: gradient accumulation "
-                          f"{self.args.gradient_accumulation_steps} -> {steps} keeps the global batch of "
+                self._say(f"{self.args.world_size} ranks instead of {found.manifest['world_size']}: gradient "
+                          f"accumulation {self.args.gradient_accumulation_steps} -> {steps} keeps the global batch of "
                           f"{found.manifest['global_batch']}")
                 self.args.gradient_accumulation_steps = steps
             # Else early stopping forgets its count and the resumed run ends elsewhere.
@@ -607,8 +611,8 @@ class SafetyNet:
         self._barrier()
         named = [str(r) for part in report for r in part["rows"]]
         listed = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-        raise PartialRun(f"the {what} is {seen} at step {step} (rows {listed or 'unknown'}); stopped before the update, nothing "
-                         f"new was saved; look at {path}, mend the rows or lower the learning rate, then "
+        raise PartialRun(f"the {what} is {seen} at step {step} (rows {listed or 'unknown'}); stopped before the update, "
+                         f"nothing new was saved; look at {path}, mend the rows or lower the learning rate, then "
                          f"{self._how_to_resume()}")
 
     def _rows_of(self, micro_batch: int) -> list[Any]:
@@ -725,6 +729,20 @@ class SafetyNet:
         ck.rotate(final.parent, self.args.save_total_limit, protect=[final, *([best] if best else [])])
 
 
+def _loss_counts_items(model: Any) -> bool:
+    """Whether a model's forward divides its loss by the `num_items_in_batch` that the Trainer passes.
+
+    The Trainer takes any forward with **kwargs for one that does. The encoder classifiers (BERT, DeBERTa) have
+    **kwargs and take a plain mean, so their loss and gradients would grow with the accumulation steps and ranks.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        source = inspect.getsource(inspect.unwrap(type(model).forward))
+    except (OSError, TypeError):
+        return True
+    return any(word in source for word in ("loss_function", "num_items_in_batch", "loss_kwargs"))
+
+
 def _fresh(folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -769,7 +787,8 @@ def _innermost_sampler(loader: Any) -> Any:
 def _make_safe_trainer() -> type:
     from transformers import Trainer
 
-    return type("SafeTrainer", (SafetyNet, Trainer), {"__module__": __name__, "__doc__": "A Trainer in the safety net: see `run`."})
+    about = {"__module__": __name__, "__doc__": "A Trainer in the safety net: see `run`."}
+    return type("SafeTrainer", (SafetyNet, Trainer), about)
 
 
 def _make_epoch_names() -> type:
@@ -779,7 +798,8 @@ def _make_epoch_names() -> type:
         """Saves at each epoch's end and names it: `checkpoint_epoch_3` -> `checkpoint-48`, a path that loads."""
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
-            if float(state.epoch).is_integer() and str(getattr(args.save_strategy, "value", args.save_strategy)) != "no":
+            saves = getattr(args.save_strategy, "value", args.save_strategy) != "no"
+            if saves and float(state.epoch).is_integer():
                 control.should_save = True
             return control
 
@@ -802,7 +822,7 @@ def __getattr__(name: str) -> Any:
 
 
 def train_log(output_dir: str | Path) -> list[dict[str, Any]]:
-    """The rows of a run's `train_log.jsonl`: step, epoch, loss, grad_norm, learning_rate. A torn last line is dropped."""
+    """The rows of a run's `train_log.jsonl`: step, epoch, loss, grad_norm, learning_rate. A torn line is dropped."""
     rows = []
     for line in (Path(output_dir) / TRAIN_LOG).read_text().splitlines():
         with contextlib.suppress(ValueError):

@@ -1,0 +1,39 @@
+"""torchrun with our exit codes: `python -m routewright.torchrun --standalone --nproc_per_node=2 -- script.py --flags`.
+
+torchrun ends with code 1 and a page of traceback whatever its ranks ended with. Launchers go through here, so that a
+stopped job ends in 3 and one line, bad input in 2, a machine that lacks something in 4, as a single process does.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+GO_ON = "run the same line again to go on from the last checkpoint"
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run torchrun's command line. Returns the exit code: 0, the code of the rank that explains the end, or 1."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(list(argv))
+        return 0
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        codes = {f.exitcode for f in error.failures.values()}
+        known = [code for code in (3, 2, 4) if code in codes]  # that rank has told its sentence already
+        if known:
+            return known[0]
+        why = failure.signal_name() if failure.exitcode < 0 else f"code {failure.exitcode}"
+        print(f"error: rank {rank} ended with {why}; all ranks were stopped. {GO_ON.capitalize()}", file=sys.stderr)
+        return 1
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}; {GO_ON}", file=sys.stderr)
+        return 3
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
