@@ -55,8 +55,8 @@ def main(
     groups = group_near_duplicates([p.prompt for p in asked])
     splits = assign_splits(groups, salt="sample")
     asked = [replace(p, group=g, split=s) for p, g, s in zip(asked, groups, splits)]
-    write_jsonl(out / "prompts.jsonl.gz", ({"prompt_id": p.prompt_id, "prompt": p.prompt, "task": p.task, "group": p.group,
-                                           "split": p.split, "reference": p.reference} for p in asked))
+    fields = ("prompt_id", "prompt", "task", "group", "split", "reference")
+    write_jsonl(out / "prompts.jsonl.gz", ({name: getattr(p, name) for name in fields} for p in asked))
     write_atomic(out / "pool.yaml", samplepool.POOL_YAML)
 
     held_out = {problem.text for problem in samplepool.reserved_problems(seed, prompts)}
@@ -67,14 +67,16 @@ def main(
         folder = out / "models" / recipe.name
         samplepool.save_model(model, tokenizer, folder)
         write_json(folder / "training.json", {**samplepool.as_row(recipe), "measured": measured})
-        print(f"{recipe.name}: {measured['parameters']:,} parameters, {measured['minutes']} min -> {folder}", flush=True)
+        print(f"{recipe.name}: {measured['parameters']:,} parameters, {measured['minutes']} min -> {folder}",
+              flush=True)
 
 
 def _chosen(names: list[str] | None, quick: bool) -> list[samplepool.Recipe]:
     recipes = {r.name: r for r in (samplepool.QUICK_RECIPES if quick else samplepool.RECIPES)}
     for name in names or ():
         if name not in recipes:
-            raise UserError(f"--models {name}: the sample pool has no such model{nearest(name, recipes)}; known: {', '.join(recipes)}")
+            raise UserError(f"--models {name}: the sample pool has no such model{nearest(name, recipes)}; "
+                            f"known: {', '.join(recipes)}")
     return [recipes[name] for name in names or recipes]
 
 

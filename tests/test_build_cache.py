@@ -28,9 +28,12 @@ class Echo(Backend):
         if self.stop_after is not None and len(self.calls) + len(prompts) > self.stop_after:
             raise KeyboardInterrupt
         self.calls += [(model_name, p.prompt_id, sample, sampling.temperature) for p in prompts]
-        return [outcome_of(p, model_name, sample, response="" if p.prompt_id in self.fail else f"Answer: {len(p.prompt.split())}",
-                           error="no luck" if p.prompt_id in self.fail else "", token_usage=TokenUsage(len(p.prompt.split()), 3),
-                           finish_reason="stop", latency_s=0.01) for p in prompts]
+        return [self.answer(model_name, p, sample) for p in prompts]
+
+    def answer(self, model_name, prompt, sample):
+        words, failed = len(prompt.prompt.split()), prompt.prompt_id in self.fail
+        return outcome_of(prompt, model_name, sample, response="" if failed else f"Answer: {words}", latency_s=0.01,
+                          error="no luck" if failed else "", token_usage=TokenUsage(words, 3), finish_reason="stop")
 
 
 @pytest.fixture
@@ -39,19 +42,26 @@ def script(root, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.echo = Echo()
-    monkeypatch.setattr(module, "backend_for", lambda pool, models, batch_size: [pool[m] for m in models] and module.echo)
+    monkeypatch.setattr(module, "backend_for", lambda pool, models, size: [pool[m] for m in models] and module.echo)
     return module
 
 
 @pytest.fixture
 def files(tmp_path):
     texts = ["one", "one two", "one two three", "a b c d", "now five words stand here"]
-    rows = [{"prompt_id": f"p{i}", "prompt": text, "reference": len(text.split()) + (i == 4), "task": "words"} for i, text in enumerate(texts)]
+    rows = [{"prompt_id": f"p{i}", "prompt": text, "reference": len(text.split()) + (i == 4), "task": "words"}
+            for i, text in enumerate(texts)]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "pool.yaml").write_text("name: p\nmodels:\n  - {name: a, price_input: 1, price_output: 2, path: w}\n"
                                         "  - {name: b, price_input: 15, price_output: 30, path: w}\n")
     (tmp_path / "w").mkdir()
     return tmp_path
+
+
+def rewrite(files, change):
+    path = files / "prompts.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(change(i, row)) + "\n" for i, row in enumerate(rows)))
 
 
 def run(script, files, *more):
@@ -122,7 +132,8 @@ def test_failed_calls_are_outcomes_and_are_tried_again(script, files):
     assert len(failed) == 2 and all(o.quality == 0 and o.is_correct is False for o in failed)
     script.echo.fail, script.echo.calls = (), []
     assert run(script, files, "--samples", "1") == 0
-    assert [call[1] for call in script.echo.calls] == ["p1", "p1"] and not any(o.error for o in read_outcomes(files / "out"))
+    assert [call[1] for call in script.echo.calls] == ["p1", "p1"]
+    assert not any(o.error for o in read_outcomes(files / "out"))
 
 
 @pytest.mark.parametrize("change", [["--seed", "1"], ["--temperature", "0.9"], ["--top_p", "0.5"]])
@@ -135,8 +146,7 @@ def test_other_sampling_calls_the_drawn_samples_anew(script, files, change):
 
 def test_new_weights_answer_anew_and_new_references_do_not(script, files):
     run(script, files, "--samples", "1")
-    rows = [json.loads(line) for line in (files / "prompts.jsonl").read_text().splitlines()]
-    (files / "prompts.jsonl").write_text("".join(json.dumps({**row, "reference": "7", "prompt_id": f"q{i}"}) + "\n" for i, row in enumerate(rows)))
+    rewrite(files, lambda i, row: {**row, "reference": "7", "prompt_id": f"q{i}"})
     script.echo.calls.clear()
     assert run(script, files, "--samples", "1") == 0 and not script.echo.calls
     assert {(o.prompt_id[0], o.is_correct) for o in read_outcomes(files / "out")} == {("q", False)}
@@ -160,7 +170,8 @@ def test_regrade_calls_nothing(script, files, capsys):
     run(script, files, "--samples", "1")
     script.echo.calls.clear()
     assert run(script, files, "--regrade", "true", "--grader", "exact") == 0
-    assert {(o.grader, o.is_correct) for o in read_outcomes(files / "out")} == {("exact", False)} and not script.echo.calls
+    assert {(o.grader, o.is_correct) for o in read_outcomes(files / "out")} == {("exact", False)}
+    assert not script.echo.calls
     assert "8 grades changed" in capsys.readouterr().out
     made = json.loads((files / "out/cache.json").read_text())
     assert made["grader"] == "exact" and made["fingerprint"] == OutcomeTable.load(files / "out").fingerprint
@@ -182,7 +193,7 @@ def test_a_second_builder_stops_and_names_the_first(script, files, capsys, more)
     ('{"prompt": "x", "referense": "1"}', "prompts.jsonl:6: unknown field 'referense'"),
     ('{"prompt": "x", "prompt_id": "z"}', "prompt 'z': grader 'number' needs a reference"),
     ('{"prompt": "x", "prompt_id": "p0", "reference": "1"}', "prompts.jsonl:6: prompt_id 'p0' stands on line 1"),
-    ('{"prompt": "x", "reference": "1", "split": "dev", "prompt_id": "s"}', "prompt 'p0' has no split and others have one"),
+    ('{"prompt": "x", "reference": "1", "split": "dev"}', "prompt 'p0' has no split and others have one"),
 ])
 def test_bad_prompts_stop_before_any_call(script, files, capsys, line, message):
     with open(files / "prompts.jsonl", "a") as file:
@@ -193,8 +204,9 @@ def test_bad_prompts_stop_before_any_call(script, files, capsys, line, message):
 
 @pytest.mark.parametrize("more,message", [
     (["--models", "aa"], "model 'aa' has no price"), (["--samples", "0"], "--samples must be at least 1"),
-    (["--grader", "numbr"], "unknown grader 'numbr' (did you mean 'number'?)"), (["--temperature", "-1"], "temperature must be 0"),
-    (["--limit", "0"], "--limit"), (["--regrade", "true"], "no such outcome cache"), (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
+    (["--grader", "numbr"], "unknown grader 'numbr' (did you mean 'number'?)"), (["--limit", "0"], "--limit"),
+    (["--temperature", "-1"], "temperature must be 0"), (["--regrade", "true"], "no such outcome cache"),
+    (["--max_new_tokens", "0"], "max_new_tokens must be at least 1"),
 ])
 def test_bad_options_stop_before_any_call(script, files, capsys, more, message):
     assert run(script, files, *more) == 2
@@ -211,8 +223,7 @@ def test_missing_files_are_named(script, files, capsys):
 
 
 def test_prompts_with_splits_keep_them(script, files):
-    rows = [json.loads(line) for line in (files / "prompts.jsonl").read_text().splitlines()]
-    (files / "prompts.jsonl").write_text("".join(json.dumps({**row, "split": "test", "group": "g"}) + "\n" for row in rows))
+    rewrite(files, lambda i, row: {**row, "split": "test", "group": "g"})
     run(script, files, "--samples", "1")
     assert {(o.split, o.group) for o in read_outcomes(files / "out")} == {("test", "g")}
 
@@ -234,8 +245,9 @@ def test_killed_for_real_inside_the_traversal(root, files, script):
             "        time.sleep(.05); return super().call_many(*a)\n"
             "b.backend_for = lambda *a: Slow()\n"
             "from routewright.launch import run\n"
-            f"sys.exit(run(b.main, ['--prompts', {str(files / 'prompts.jsonl')!r}, '--pool', {str(files / 'pool.yaml')!r}, "
-            f"'--output_dir', {str(files / 'killed')!r}, '--batch_size', '1']))\n")
+            f"sys.exit(run(b.main, ['--prompts', {str(files / 'prompts.jsonl')!r}, "
+            f"'--pool', {str(files / 'pool.yaml')!r}, '--output_dir', {str(files / 'killed')!r}, "
+            "'--batch_size', '1']))\n")
     journal = files / "killed/journal.jsonl"
     for wanted in (4, 11):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -263,7 +275,7 @@ def test_the_real_backend_records_a_cache(root, tmp_path):
     spec = importlib.util.spec_from_file_location("build_cache_real", root / "src" / "build_cache.py")
     real = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(real)
-    assert launch.run(real.main, ["--prompts", str(tmp_path / "prompts.jsonl"), "--pool", str(pool), "--output_dir", str(tmp_path / "out"),
-                                  "--samples", "2"]) == 0
+    assert launch.run(real.main, ["--prompts", str(tmp_path / "prompts.jsonl"), "--pool", str(pool),
+                                  "--output_dir", str(tmp_path / "out"), "--samples", "2"]) == 0
     outcomes = read_outcomes(tmp_path / "out")
     assert len(outcomes) == 12 * 2 * 2 and all(o.latency_s > 0 and o.logprob_min <= o.logprob_mean for o in outcomes)

@@ -14,7 +14,8 @@ from routewright import samplepool as pool_of
 from routewright.errors import PartialRun, UserError
 from routewright.grading import grade
 
-ODD_TEXTS = ("Hello, 250 Wörld!! 12.5 x1 007 'tis ~|{}", "3 pens", "\n\ta  b\r\n", "東京 🙂 1999 -4", " 7", "Answer: 199200")
+ODD_TEXTS = ("Hello, 250 Wörld!! 12.5 x1 007 'tis ~|{}", "3 pens",
+             "\n\ta  b\r\n", "東京 🙂 1999 -4", " 7", "Answer: 199200")
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,9 @@ def test_problems_are_worked_right_and_stay_in_range():
         value = None
         for line in problem.working:
             a, op, b, c = re.fullmatch(r"(\d+) ([-+*/]) (\d+) = (\d+)", line).groups()
-            assert {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b), "/": int(a) / int(b)}[op] == int(c), problem
-            assert value is None or value == int(a), problem
+            a, b = int(a), int(b)
+            assert {"+": a + b, "-": a - b, "*": a * b, "/": a / max(1, b)}[op] == int(c), problem
+            assert value is None or value == a, problem
             value = int(c)
         assert value is None or value == problem.answer
         assert all(0 <= int(n) <= pool_of.LARGEST for n in re.findall(r"\d+", problem.text + problem.solution(True)))
@@ -82,7 +84,8 @@ def test_prompt_ids_tell_the_difficulty():
     problem = pool_of.make_problems("ids", 1, {"money": 1.0})[0]
     prompt = problem.as_prompt(7)
     assert pool_of.difficulty(prompt.prompt_id) == {
-        "task": "money", "steps": problem.steps, "distractors": problem.distractors, "size": "large" if problem.large else "small"}
+        "task": "money", "steps": problem.steps, "distractors": problem.distractors,
+        "size": "large" if problem.large else "small"}
     assert prompt.task == "money" and prompt.reference == str(problem.answer)
     with pytest.raises(UserError, match="was not made by the sample pool"):
         pool_of.difficulty("gsm8k-1")
@@ -103,7 +106,8 @@ def test_tokenizer_reloads_the_same_through_every_loader(tokenizer, tmp_path):
     recipe = pool_of.QUICK_RECIPES[0]
     pool_of.save_model(pool_of.make_model(recipe, tokenizer), tokenizer, tmp_path)
     texts = [f"{pool_of.chat_text(p.text)} {p.solution(True)}<eos>" for p in pool_of.make_problems("tokens", 500)]
-    loaded = [AutoTokenizer.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path), load_tokenizer(tmp_path)]
+    loaded = [AutoTokenizer.from_pretrained(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path),
+              load_tokenizer(tmp_path)]
     for text in [*texts, *ODD_TEXTS]:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert tokenizer.unk_token_id not in ids
@@ -111,7 +115,7 @@ def test_tokenizer_reloads_the_same_through_every_loader(tokenizer, tmp_path):
             assert other(text, add_special_tokens=False)["input_ids"] == ids
             assert other.decode(ids) == text
     for other in loaded:
-        assert (other.pad_token, other.bos_token, other.eos_token, other.unk_token) == ("<pad>", "<bos>", "<eos>", "<unk>")
+        assert (other.pad_token, other.bos_token, other.eos_token, other.unk_token) == pool_of.SPECIAL_TOKENS[:4]
         assert other.padding_side == "left"
 
 
@@ -157,7 +161,8 @@ def test_training_learns_and_resumes_to_the_same_weights(tokenizer, tmp_path):
     said = []
     whole, measured = pool_of.train(recipe, tokenizer, (), tmp_path / "a.pt", say=said.append)
     assert measured["problems"] == 480 and said[-1].startswith("cheap: step 30/30")
-    begin = pool_of.answer_loss(pool_of.make_model(recipe, tokenizer), *next(pool_of.batches(recipe, tokenizer, 0))).item()
+    first = next(pool_of.batches(recipe, tokenizer, 0))
+    begin = pool_of.answer_loss(pool_of.make_model(recipe, tokenizer), *first).item()
     assert measured["final_loss"] < begin
     with pytest.raises(PartialRun, match="run the same command"):
         pool_of.train(recipe, tokenizer, (), tmp_path / "b.pt", save_every=7, stop_after=17, say=said.append)
@@ -248,6 +253,7 @@ def test_shipped_readme_holds_the_figures_of_the_cache(root):
 
 def test_alpaca_rows_name_the_cheapest_model_that_was_right(root):
     from routewright.outcomes import read_outcomes
-    rows = [json.loads(line) for line in (root / "data/sample_alpaca_data.jsonl").read_text(encoding="utf-8").splitlines()]
+    text = (root / "data/sample_alpaca_data.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
     assert rows == pool_of.alpaca_rows(read_outcomes(root / "data" / "sample"))
     assert len(rows) == 200 and {row["response"] for row in rows} == {"cheap", "mid", "strong"}

@@ -16,7 +16,7 @@ import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ class Entry:
     def path(self) -> str | None:
         return self.options.get("path")
 
+    @property
+    def per_seed(self) -> bool:
+        """Whether there is one folder per seed, trained on that seed's division: `path: data/runs/mine-{seed}`."""
+        return "{seed}" in (self.path or "")
+
+    def for_seed(self, seed: int) -> Entry:
+        """The entry with the folder of one seed."""
+        return replace(self, options={**self.options, "path": self.path.replace("{seed}", str(seed))})
+
 
 def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_type: str | None = None,
              router_model_path: str | None = None, pool: str | None = None, models: Sequence[str] | None = None,
@@ -76,8 +85,8 @@ def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_
     table = OutcomeTable.load(cache, pool, models)
     views, recorded = make_views(table, seeds, (train_split, dev_split, test_split), entries, notes)
     _check_views(table, views, notes)
-    made = [(entry, _make(entry)) for entry in entries]  # every mistake of a file shows before any work starts
-    overlaps = _check_trained(table, views[recorded] if recorded is not None else None, made, allow_overlap)
+    made = [(entry, _make(entry, views[-1].seed)) for entry in entries]  # every mistake of a file shows before any work starts
+    overlaps = _check_trained(table, views, recorded, made, allow_overlap)
     rules = Rules(_reward(reward, cost_weight, table, views), n_settings, n_resamples, level)
     contestants, timing = _estimate_all(table, views, recorded, made)
     began_scoring = time.perf_counter()
@@ -164,15 +173,20 @@ def _entry(given: Any, where: str) -> Entry:
             options["path"] = path = expand(str(path))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if not Path(path).is_dir():
-            parent = Path(path).parent
-            beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
-            raise UserError(f"{where}: path: {path}: no such router folder{nearest(Path(path).name, beside)}; "
-                            "a train_*.py script writes one")
+        if "{seed}" not in path:
+            _need_folder(path, where)
     name = str(options.get("name") or (Path(path).name if path else kind))
     if not re.fullmatch(r"[\w .,:+=()@-]{1,80}", name):
         raise UserError(f"{where}: the name {name!r} must be up to 80 letters, digits, blanks or _ - . , : + = ( ) @")
     return Entry(where, name, options)
+
+
+def _need_folder(path: str, where: str) -> None:
+    if not Path(path).is_dir():
+        parent = Path(path).parent
+        beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+        raise UserError(f"{where}: path: {path}: no such router folder{nearest(Path(path).name, beside)}; "
+                        "a train_*.py script writes one")
 
 
 def _complete(entries: list[Entry]) -> list[Entry]:
@@ -198,9 +212,12 @@ def _complete(entries: list[Entry]) -> list[Entry]:
     return kept
 
 
-def _make(entry: Entry) -> Any:
-    """The router of an entry, loaded or unfitted."""
+def _make(entry: Entry, seed: int) -> Any:
+    """The router of an entry, loaded or unfitted. `seed` picks the folder where there is one per seed."""
     from routewright.routers.base import CARD, load_router, make_router, router_class
+
+    if entry.per_seed:
+        return _make(entry.for_seed(seed), seed)
 
     options = {k: v for k, v in entry.options.items() if k != "name"} | {"name": entry.name}
     kind, path = options.pop("kind", None), options.get("path")
@@ -224,38 +241,41 @@ def make_views(table: OutcomeTable, seeds: int | Sequence[int], splits: tuple[st
     """(views, place of the view with the recorded splits or None).
 
     One seed uses the recorded splits where the cache has them. Several seeds divide the prompts anew, each by its own
-    salt; routers from a folder know one division only, so they get the recorded view. Raises UserError.
+    salt. A router folder knows one division only: the recorded one, or that of its seed where there is a folder per
+    seed (and then one seed divides anew too). Raises UserError.
     """
     numbers = list(range(seeds)) if isinstance(seeds, int) else [int(s) for s in seeds]
     if not numbers or len(set(numbers)) != len(numbers):
         raise UserError(f"--seeds is a count from 1 or a list of different whole numbers; got {seeds}")
     has_recorded = all(name in table.splits for name in splits)
-    folders = [e.name for e in entries if e.path]
+    folders = [e.name for e in entries if e.path and not e.per_seed]
+    anew = len(numbers) > 1 or any(e.per_seed for e in entries)
+    for entry in entries:
+        for seed in numbers if entry.per_seed else ():
+            _need_folder(entry.for_seed(seed).path, entry.where)
     views: list[View] = []
-    if has_recorded and (len(numbers) == 1 or folders):
+    if has_recorded and (not anew or folders):
         views.append(_view("recorded", numbers[0], table, [p.split for p in table.prompts], splits))
         left_out = table.n - sum(table.splits[name] for name in dict.fromkeys(splits))
         if left_out:
             notes.append(f"{left_out} of {table.n} prompts are in none of the splits {', '.join(splits)} and were left "
                          "out")
-    if views and len(numbers) == 1:
+    if views and not anew:
         return views, 0
     if folders and not views:
         seen = ", ".join(f"{k or 'unassigned'} {v}" for k, v in table.splits.items())
-        if len(numbers) > 1 or set(splits) != {"train", "dev", "test"}:
+        if anew or set(splits) != {"train", "dev", "test"}:
             raise UserError(f"{folders[0]!r} was trained on one division of the prompts, and the cache records none "
                             f"({seen}); evaluate it with --seeds 1, or import with --splits hash")
     if not has_recorded and splits != ("train", "dev", "test"):
         raise UserError(f"the cache has no prompts in split {next(s for s in splits if s not in table.splits)!r} "
                         f"(it has: {', '.join(f'{k or chr(39) * 2} {v}' for k, v in table.splits.items())})")
-    from routewright.prompts import assign_splits
+    from routewright.prompts import seed_splits
 
-    groups = [p.group or p.prompt_id for p in table.prompts]
     recorded = 0 if views else None
     for seed in numbers:
-        views.append(_view(f"seed {seed}", seed, table, assign_splits(groups, salt=f"seed {seed}:"),
-                           ("train", "dev", "test")))
-    if not has_recorded and len(numbers) == 1:
+        views.append(_view(f"seed {seed}", seed, table, seed_splits(table.prompts, seed), ("train", "dev", "test")))
+    if not has_recorded and not anew:
         notes.append("the cache records no splits; prompts were divided 60/20/20 by their group")
         recorded = 0 if folders else None
     return views, recorded
@@ -289,33 +309,38 @@ def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -
                          near=near and (not grouped or view.name == "recorded"))
 
 
-def _check_trained(table: OutcomeTable, view: View | None, made: Sequence[tuple[Entry, Any]],
+def _check_trained(table: OutcomeTable, views: Sequence[View], recorded: int | None, made: Sequence[tuple[Entry, Any]],
                    allow: bool) -> list[dict[str, Any]]:
     """Refuse routers that were trained on test prompts, or note the overlap where that was allowed."""
+    found = []
+    for entry, router in made:
+        if entry.per_seed:
+            for view in views:
+                if view is not (None if recorded is None else views[recorded]):
+                    found += _overlap(table, view, entry, _make(entry, view.seed), allow)
+        elif entry.path:
+            assert recorded is not None
+            found += _overlap(table, views[recorded], entry, router, allow)
+    return found
+
+
+def _overlap(table: OutcomeTable, view: View, entry: Entry, router: Any, allow: bool) -> list[dict[str, Any]]:
+    """What the report says of a router and the view it is scored on; nothing where they share no prompt."""
     from routewright.prompts import text_hash
 
-    found = []
-    hashes: list[str] | None = None
-    for entry, router in made:
-        if not entry.path:
-            continue
-        assert view is not None
-        trained = set(router.card.get("train_prompts") or ())
-        if not trained:
-            found.append({"router": entry.name, "prompts": None,
-                          "note": "its folder does not say what it was trained on, so an overlap cannot be ruled out"})
-            continue
-        hashes = hashes or [text_hash(table.prompts[i].prompt) for i in view.test]
-        shared = [i for i, mark in zip(view.test, hashes, strict=True) if mark in trained]
-        if not shared:
-            continue
-        said = (f"router {entry.name!r} was trained on {len(shared)} of the {len(view.test)} test prompts (first: "
-                f"{table.prompts[shared[0]].prompt_id!r})")
-        if not allow:
-            raise UserError(f"{entry.where}: {said}, so its scores would be memory; train it on the train split, or "
-                            "say --allow_overlap true and the report will say so")
-        found.append({"router": entry.name, "prompts": len(shared), "note": f"{said}; its scores are inflated"})
-    return found
+    trained = set(router.card.get("train_prompts") or ())
+    if not trained:
+        return [{"router": entry.name, "prompts": None,
+                 "note": "its folder does not say what it was trained on, so an overlap cannot be ruled out"}]
+    shared = [i for i in view.test if text_hash(table.prompts[i].prompt) in trained]
+    if not shared:
+        return []
+    said = (f"router {entry.name!r} was trained on {len(shared)} of the {len(view.test)} test prompts of {view.name} "
+            f"(first: {table.prompts[shared[0]].prompt_id!r})")
+    if not allow:
+        raise UserError(f"{entry.where}: {said}, so its scores would be memory; train it on the train split, or "
+                        "say --allow_overlap true and the report will say so")
+    return [{"router": entry.name, "prompts": len(shared), "note": f"{said}; its scores are inflated"}]
 
 
 # ---------------------------------------------------------------- estimates
@@ -327,12 +352,14 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
     for entry, router in made:
         # Routers from folders know the recorded view only, the others the seeds; controls stand beside both.
         seeds = [i for i in range(len(views)) if i != recorded or len(views) == 1]
-        own = [recorded] if entry.path else [*range(len(views))] if entry.is_control else seeds
+        folder = entry.path and not entry.per_seed
+        own = [recorded] if folder else [*range(len(views))] if entry.is_control else seeds
         found, fit_s, per_prompt = {}, 0.0, []
         for turn, i in enumerate(own):
             view = views[i]
             train, dev, test = (table.rows(r) for r in (view.train, view.dev, view.test))
-            router = router if turn == 0 else _make(entry)  # nothing learnt in one view may reach the next
+            # A folder per seed is another router each time, and nothing learnt in one view may reach the next.
+            router = router if turn == 0 and not entry.per_seed else _make(entry, view.seed)
             start = time.perf_counter()
             router.fit(train, dev, view.seed) if not entry.path else _bind(router, table, entry)
             fit_s += time.perf_counter() - start
@@ -349,7 +376,7 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
         learns = router.needs_training or entry.path
         whole = None if learns else router.estimate(table.prompts)[:, [router.models.index(m) for m in table.models]]
         contestants.append(Contestant(entry.name, router.kind, entry.is_control, found, facts, whole,
-                                      () if entry.path else tuple(seeds)))
+                                      () if folder else tuple(seeds)))
     return contestants, {"routers": timing}
 
 

@@ -38,7 +38,8 @@ GOODS = ("bag", "ball", "cake", "chair", "coat", "game", "hat", "kite", "lamp", 
 EVENTS = ("train leaves", "film starts", "shop opens", "bus comes", "game ends", "cake is ready", "meeting starts")
 TASKS = ("count", "money", "transfer", "compare", "lookup", "riddle", "clock")
 TRAIN_MIX = {"count": .24, "money": .16, "transfer": .14, "compare": .15, "lookup": .11, "riddle": .08, "clock": .12}
-# Few of the two tasks that need to keep apart who has what: models this small hardly learn it, so nothing is to be routed.
+# Few of the two tasks that need to keep apart who has what: models this small hardly learn it, which leaves nothing
+# to route.
 CACHE_MIX = {"count": .28, "money": .14, "transfer": .05, "compare": .20, "lookup": .05, "riddle": .12, "clock": .16}
 
 
@@ -76,7 +77,8 @@ def difficulty(prompt_id: str) -> dict[str, Any]:
         task, steps, distractors, size, _ = prompt_id.split("-")
         return {"task": task, "steps": int(steps[1:]), "distractors": int(distractors[1:]), "size": size}
     except ValueError:
-        raise UserError(f"prompt id {prompt_id!r} was not made by the sample pool; expected task-sN-dN-size-number") from None
+        raise UserError(f"prompt id {prompt_id!r} was not made by the sample pool; "
+                        "expected task-sN-dN-size-number") from None
 
 
 # Problems ------------------------------------------------------------------------------------------------------------
@@ -179,7 +181,6 @@ def _money(rng: random.Random) -> Problem:
         working.append(_sum(op, k, before, after))
         value = after
     noise = rng.choices(range(3), (6, 3, 1))[0]
-    lines = _distract(rng, lines, 0, [name])
     for _ in range(noise):
         other = rng.choice([n for n in NAMES if n != name])
         lines.insert(rng.randint(1, len(lines)), rng.choice((
@@ -239,7 +240,8 @@ def _lookup(rng: random.Random) -> Problem:
     people = rng.sample(NAMES, rng.randint(3, 7))
     things = rng.sample(THINGS, len(people))
     held = [rng.randint(2, 99) for _ in people]
-    lines = [rng.choice((f"{n} has {k} {t}.", f"There are {k} {t} in the bag of {n}.")) for n, k, t in zip(people, held, things)]
+    lines = [rng.choice((f"{n} has {k} {t}.", f"There are {k} {t} in the bag of {n}."))
+             for n, k, t in zip(people, held, things, strict=True)]
     i = rng.randrange(len(people))
     lines = _distract(rng, lines, rng.randint(0, 2), people)
     lines.append(f"How many {things[i]} does {people[i]} have?")
@@ -250,7 +252,8 @@ def _riddle(rng: random.Random) -> Problem:
     steps = rng.choices(range(1, 4), (3, 4, 3))[0]
     start = rng.randint(2, 30)
     path = list(_calculate(rng, start, steps, range(1, 13)))
-    said = [{"+": f"I add {k}", "-": f"I take away {k}", "*": "I double it", "/": "I halve it"}[op] for op, k, _, _ in path]
+    said = [{"+": f"I add {k}", "-": f"I take away {k}", "*": "I double it", "/": "I halve it"}[op]
+            for op, k, _, _ in path]
     opening = rng.choice(("I think of a number.", "I have a secret number.", "Take my number."))
     joined = f"{', then '.join(said)}." if rng.random() < .5 else ". ".join(said) + "."
     end = path[-1][3]
@@ -356,7 +359,8 @@ class Recipe:
 RECIPES = (
     Recipe("cheap", hidden=64, layers=2, heads=4, worked=False, steps=4000, learning_rate=3e-3, seed=11),
     Recipe("mid", hidden=64, layers=3, heads=4, worked=True, steps=2000, learning_rate=3e-3, seed=12, mix=CLOCK_BLIND),
-    Recipe("strong", hidden=96, layers=4, heads=4, worked=True, steps=2600, learning_rate=2.5e-3, seed=13, mix=CLOCK_BLIND),
+    Recipe("strong", hidden=96, layers=4, heads=4, worked=True, steps=2600, learning_rate=2.5e-3, seed=13,
+           mix=CLOCK_BLIND),
 )
 
 QUICK_RECIPES = tuple(
@@ -464,8 +468,9 @@ def batches(recipe: Recipe, tokenizer: Any, first: int, held_out: Collection[str
     while True:
         problems = _block(recipe, block, held_out)
         asked = tokenizer([chat_text(p.text) for p in problems], add_special_tokens=False)["input_ids"]
-        told = tokenizer([f" {p.solution(recipe.worked)}<eos>" for p in problems], add_special_tokens=False)["input_ids"]
-        rows = sorted(zip(asked, told), key=lambda pair: len(pair[0]) + len(pair[1]))
+        answers = [f" {p.solution(recipe.worked)}<eos>" for p in problems]
+        told = tokenizer(answers, add_special_tokens=False)["input_ids"]
+        rows = sorted(zip(asked, told, strict=True), key=lambda pair: len(pair[0]) + len(pair[1]))
         order = list(range(8))
         random.Random(f"order/{recipe.seed}/{block}").shuffle(order)
         for i in order[first % 8 if block == first // 8 else 0:]:
@@ -493,7 +498,7 @@ def answer_loss(model: Any, ids: Any, labels: Any) -> Any:
 
 def train(recipe: Recipe, tokenizer: Any, held_out: Collection[str], checkpoint: Path, *, save_every: int = 200,
           say: Callable[[str], None] = print, stop_after: int | None = None) -> tuple[Any, dict[str, Any]]:
-    """Train from scratch, or go on from `checkpoint` where it is of this recipe; returns the model and what was measured.
+    """Train from scratch, or go on from `checkpoint` where it is of this recipe: the model, and what was measured.
 
     Raises PartialRun when the loss is not finite (nothing is saved then) or `stop_after` steps were done here.
     """
@@ -528,7 +533,8 @@ def train(recipe: Recipe, tokenizer: Any, held_out: Collection[str], checkpoint:
         if (step + 1) % save_every == 0 or step + 1 == recipe.steps:
             _save_checkpoint(checkpoint, recipe, model, optimizer, step + 1, time.monotonic() - began, losses)
         if stop_after is not None and step + 1 - done >= stop_after and step + 1 < recipe.steps:
-            raise PartialRun(f"{recipe.name}: stopped after step {step + 1} of {recipe.steps}; run the same command to go on")
+            raise PartialRun(f"{recipe.name}: stopped after step {step + 1} of {recipe.steps}; "
+                             "run the same command to go on")
     return model.eval(), {"minutes": round((time.monotonic() - began) / 60, 2), "steps": recipe.steps,
                           "problems": recipe.steps * recipe.batch_size,
                           "parameters": sum(p.numel() for p in model.parameters()),
@@ -553,7 +559,7 @@ def _save_checkpoint(path: Path, recipe: Recipe, model: Any, optimizer: Any, ste
 
 
 def _resume(path: Path, recipe: Recipe, model: Any, optimizer: Any) -> tuple[int, float, list[float]]:
-    """(steps done, seconds spent, the last losses). A checkpoint of another recipe raises UserError rather than being mixed in."""
+    """(steps done, seconds spent, the last losses). A checkpoint of another recipe raises UserError."""
     import torch
 
     if not path.is_file():
@@ -561,10 +567,12 @@ def _resume(path: Path, recipe: Recipe, model: Any, optimizer: Any) -> tuple[int
     try:
         state = torch.load(path, weights_only=True)
     except Exception as error:  # torch names no class for a torn file
-        raise UserError(f"{path}: not a whole checkpoint ({type(error).__name__}); delete it to train {recipe.name} anew") from None
+        raise UserError(f"{path}: not a whole checkpoint ({type(error).__name__}); "
+                        f"delete it to train {recipe.name} anew") from None
     if state["recipe"] != asdict(recipe):
         changed = [k for k, v in asdict(recipe).items() if state["recipe"].get(k) != v]
-        raise UserError(f"{path}: made by another recipe of {recipe.name} ({', '.join(changed)} changed); delete it or undo the change")
+        raise UserError(f"{path}: made by another recipe of {recipe.name} ({', '.join(changed)} changed); "
+                        "delete it or undo the change")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"], state["losses"]
@@ -592,7 +600,8 @@ def readme(outcomes: Sequence[Outcome], folder: Path) -> str:
     prompts = {o.prompt_id: o for o in outcomes if o.sample == 0}
     known = {i: difficulty(i) for i in prompts}
     samples = sorted({o.sample for o in outcomes})
-    made = {name: json.loads((folder / "models" / name / "training.json").read_text(encoding="utf-8")) for name in names}
+    made = {name: json.loads((folder / "models" / name / "training.json").read_text(encoding="utf-8"))
+            for name in names}
 
     def share(values: Iterable[float]) -> str:
         values = list(values)
@@ -613,40 +622,45 @@ def readme(outcomes: Sequence[Outcome], folder: Path) -> str:
         tokens = sum(o.token_usage.output for o in mine if o.sample == 0) / len(prompts)
         scores = " | ".join(share(right[i, name, s] for i in prompts) for s in samples)
         return (f"| {name} | {measured['parameters']:,} | {recipe['layers']} x {recipe['hidden']} | "
-                f"{'working, then answer' if recipe['worked'] else 'answer at once'} | {recipe['steps']:,} | {recipe['seed']} | "
-                f"{measured['minutes']} | {scores} | {tokens:.1f} |")
+                f"{'working, then answer' if recipe['worked'] else 'answer at once'} | {recipe['steps']:,} | "
+                f"{recipe['seed']} | {measured['minutes']} | {scores} | {tokens:.1f} |")
 
     splits = Counter(o.split for o in prompts.values())
     ends = names[0], names[-1]
+    pairs = [(right[i, ends[0], 0], right[i, ends[1], 0]) for i in prompts]
     lines = [
         "# The sample pool", "",
-        "Three small language models of the Qwen2 architecture, trained from scratch by `src/make_sample_pool.py` on generated",
-        "word problems, and everything they answered. All of it is made here, and small enough to ship; the prices in `pool.yaml` are",
-        "invented (1:5:15 per token). Nothing in it says how large models behave: it is real data to try the tools on.", "",
+        "Three small language models of the Qwen2 architecture, trained from scratch by `src/make_sample_pool.py`",
+        "on generated word problems, and everything they answered. All of it is made here, and small enough to ship;",
+        "the prices in `pool.yaml` are invented (1:5:15 per token). Nothing in it says how large models behave: it is",
+        "real data to try the tools on.", "",
         "| file | what it is |", "|---|---|",
         f"| `outcomes.jsonl.gz` | the cache: {len(prompts):,} prompts x {len(names)} models x {len(samples)} samples, "
         "sample 0 greedy, the others drawn at the temperature in `cache.json` |",
-        "| `prompts.jsonl.gz` | the prompts; the id tells the difficulty: task, steps, distracting sentences, size of the numbers |",
-        "| `pool.yaml` | models and prices |", "| `models/*/` | weights (fp16 safetensors, answered in fp32), tokenizer, `training.json` |", "",
+        "| `prompts.jsonl.gz` | the prompts; the id tells the difficulty: task, steps, distracting sentences, size of "
+        "the numbers |",
+        "| `pool.yaml` | models and prices |",
+        "| `models/*/` | weights (fp16 safetensors, answered in fp32), tokenizer, `training.json` |", "",
         "Made by, in this order:", "", "```",
         "python src/make_sample_pool.py --output_dir data/sample",
-        "python src/build_cache.py --prompts data/sample/prompts.jsonl.gz --pool data/sample/pool.yaml --output_dir data/sample",
+        "python src/build_cache.py --prompts data/sample/prompts.jsonl.gz --pool data/sample/pool.yaml \\",
+        "    --output_dir data/sample",
         "python src/make_sample_pool.py --output_dir data/sample --report true", "```", "",
-        f"The prompts are drawn with seeds `cache/1` and `cache/1/<task>`, the training problems of a model with `train/<seed>/<block>`; "
-        f"no text of the cache was trained on. Near-duplicates share a group; splits by group: train {splits['train']}, dev {splits['dev']}, "
-        f"test {splits['test']}. Minutes were measured on two cores under a load of about 7; the same machine and versions give the same "
-        "weights, a stopped run too.", "",
+        "The prompts are drawn with seeds `cache/1` and `cache/1/<task>`, the training problems of a model with",
+        "`train/<seed>/<block>`; no text of the cache was trained on. Near-duplicates share a group; splits by group:",
+        f"train {splits['train']}, dev {splits['dev']}, test {splits['test']}. Minutes were measured on two cores",
+        "under a load of about 7; the same machine and versions give the same weights, a stopped run too.", "",
         "## Models", "",
         f"| model | parameters | layers x width | answers | steps of {made[names[0]]['batch_size']} | seed | minutes | "
         + " | ".join(f"right, sample {s}" for s in samples) + " | output tokens |",
         "|---" * (8 + len(samples)) + "|", *[model_row(name) for name in names], "",
         f"Oracle (any model right, greedy): {share(max(right[i, n, 0] for n in names) for i in prompts)}. "
-        f"{ends[0]} right where {ends[1]} is wrong: {share(right[i, ends[0], 0] * (1 - right[i, ends[1], 0]) for i in prompts)}; "
-        f"{ends[1]} right where {ends[0]} is wrong: {share(right[i, ends[1], 0] * (1 - right[i, ends[0], 0]) for i in prompts)}; "
-        f"both wrong: {share((1 - right[i, ends[0], 0]) * (1 - right[i, ends[1], 0]) for i in prompts)}.", "",
-        "They are this small because that is enough: one token per number and written working do more than parameters. The cheap",
-        "model is weak because it must answer at once. `lookup` and `transfer` need to keep apart who has what, which none of the three",
-        "learned; few of them are asked.", "",
+        f"{ends[0]} right where {ends[1]} is wrong: {share(low * (1 - high) for low, high in pairs)}; "
+        f"{ends[1]} right where {ends[0]} is wrong: {share(high * (1 - low) for low, high in pairs)}; "
+        f"both wrong: {share((1 - low) * (1 - high) for low, high in pairs)}.", "",
+        "They are this small because that is enough: one token per number and written working do more than parameters.",
+        "The cheap model is weak because it must answer at once. `lookup` and `transfer` need to keep apart who has",
+        "what, which none of the three learned; few of them are asked.", "",
         "`clock` is the task that the stronger models hardly saw in training (0.4 % of their problems, "
         f"{TRAIN_MIX['clock']:.0%} of the cheap one's): a dear model is not better at everything.", "",
         "## Right answers by difficulty (greedy)", "",
@@ -664,7 +678,7 @@ def _length_band(text: str) -> str:
 
 
 def alpaca_rows(outcomes: Sequence[Outcome], n: int = 200) -> list[dict[str, str]]:
-    """Routing examples, {instruction, response}: the problem, and the name of the cheapest model that was right (greedy).
+    """Routing examples, {instruction, response}: the problem, and the cheapest model that was right (greedy).
 
     Models count from cheapest to dearest in the order of the cache. Problems that no model got right go to the last.
     """

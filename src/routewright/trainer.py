@@ -58,8 +58,8 @@ from routewright.textfiles import write_atomic, write_json
 TRAJECTORY = (
     "seed", "data_seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
     "num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio",
-    "optim", "optim_args", "bf16", "fp16", "tf32", "label_smoothing_factor", "neftune_noise_alpha", "train_sampling_strategy",
-    "dataloader_drop_last",
+    "optim", "optim_args", "bf16", "fp16", "tf32", "label_smoothing_factor", "neftune_noise_alpha",
+    "train_sampling_strategy", "dataloader_drop_last",
 )
 TRAIN_LOG = "train_log.jsonl"
 NAN_FILE = "nan_batch.json"
@@ -611,9 +611,9 @@ class SafetyNet:
         self._barrier()
         named = [str(r) for part in report for r in part["rows"]]
         listed = ", ".join(named[:8]) + (f" and {len(named) - 8} more" if len(named) > 8 else "")
-        raise PartialRun(f"the {what} is {seen} at step {step} (rows {listed or 'unknown'}); stopped before the update, "
-                         f"nothing new was saved; look at {path}, mend the rows or lower the learning rate, then "
-                         f"{self._how_to_resume()}")
+        raise PartialRun(f"the {what} is {seen} at step {step} (rows {listed or 'unknown'}); stopped before the "
+                         f"update, nothing new was saved; look at {path}, mend the rows or lower the "
+                         f"learning rate, then {self._how_to_resume()}")
 
     def _rows_of(self, micro_batch: int) -> list[Any]:
         """Names or indices of the rows of this rank's n-th batch of the epoch: its order is walked once more."""

@@ -1,4 +1,4 @@
-"""A pool of two tiny untrained models with the sample pool's tokenizer: what they say is noise, how it is said is real."""
+"""A pool of two tiny untrained models with the sample pool's tokenizer: what they say is noise, how is real."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_pool(folder):
     (folder / "pool.yaml").write_text(
         "name: tiny\nmodels:\n"
         "  - {name: cheap, price_input: 0.1, price_output: 0.4, path: models/cheap, max_output_tokens: 12}\n"
-        "  - {name: strong, price_input: 1.5, price_output: 6.0, path: models/strong, max_output_tokens: 12}\n", encoding="utf-8")
+        "  - {name: strong, price_input: 1.5, price_output: 6.0, path: models/strong, max_output_tokens: 12}\n")
     return folder / "pool.yaml"
 
 
@@ -43,5 +43,6 @@ def replay(local, prompts):
     """A recording of everything the contract tests ask."""
     from routewright.backends.base import Sampling
     from routewright.backends.replay import ReplayBackend
-    return ReplayBackend([outcome for name in ("cheap", "strong") for sample, sampling in ((0, Sampling()), (1, Sampling(0.7)))
+    drawn = ((0, Sampling()), (1, Sampling(0.7)))
+    return ReplayBackend([outcome for name in ("cheap", "strong") for sample, sampling in drawn
                           for outcome in local.call_many(name, prompts, sampling, sample)])

@@ -27,7 +27,8 @@ def test_outcomes_come_in_order_ungraded_and_measured(backend, prompts, name, sa
         assert answer.as_prompt == prompt
         assert (answer.model_name, answer.sample) == (name, sample)
         assert answer.is_correct is None and answer.quality is None and not answer.grader and not answer.error
-        assert answer.token_usage.input > 5 and 1 <= answer.token_usage.output <= 12 and not answer.token_usage.estimated
+        usage = answer.token_usage
+        assert usage.input > 5 and 1 <= usage.output <= 12 and not usage.estimated
         assert answer.finish_reason in ("stop", "length") and answer.latency_s > 0
         assert answer.logprob_min <= answer.logprob_mean <= 0
         assert outcome_from_row(answer.as_row(), "row") == answer
@@ -35,7 +36,8 @@ def test_outcomes_come_in_order_ungraded_and_measured(backend, prompts, name, sa
 
 @pytest.mark.parametrize("name,sample,sampling", CALLS)
 def test_local_and_replay_say_the_same(local, replay, prompts, name, sample, sampling):
-    for fresh, recorded in zip(local.call_many(name, prompts, sampling, sample), replay.call_many(name, prompts, sampling, sample)):
+    both = [backend.call_many(name, prompts, sampling, sample) for backend in (local, replay)]
+    for fresh, recorded in zip(*both, strict=True):
         assert replace(fresh, latency_s=None, logprob_mean=None, logprob_min=None) == \
             replace(recorded, latency_s=None, logprob_mean=None, logprob_min=None)
         assert fresh.logprob_mean == pytest.approx(recorded.logprob_mean, abs=1e-3)

@@ -24,7 +24,8 @@ def test_greedy_equals_step_by_step_argmax(local, prompts):
     import torch
     model, tokenizer = local._load("strong")
     for prompt in prompts[:3]:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt.prompt}], add_generation_prompt=True, tokenize=False)
+        turn = [{"role": "user", "content": prompt.prompt}]
+        text = tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
         ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
         start, logprobs = ids.shape[1], []
         while ids.shape[1] - start < 12:
@@ -83,8 +84,8 @@ def test_any_text_can_be_asked(local):
 
 
 def test_faults_are_told_before_any_call(pool_file, tmp_path):
-    bare = Pool("p", (ModelSpec("far", 1, 1, litellm_id="openai/x"), ModelSpec("none", 1, 1), ModelSpec("gone", 1, 1, path="./no")),
-                source=str(tmp_path / "pool.yaml"))
+    bare = Pool("p", (ModelSpec("far", 1, 1, litellm_id="openai/x"), ModelSpec("none", 1, 1),
+                      ModelSpec("gone", 1, 1, path="./no")), source=str(tmp_path / "pool.yaml"))
     with pytest.raises(UserError, match="litellm_id 'openai/x'"):
         backend_for(bare, ["far"])
     with pytest.raises(UserError, match="no path"):
@@ -108,7 +109,8 @@ def test_identity_changes_with_the_weights(local):
     assert local.identity("cheap") == local.identity("cheap") != local.identity("strong")
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1}, {"max_new_tokens": 0}])
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 0}, {"top_p": 1.1},
+                                   {"max_new_tokens": 0}])
 def test_sampling_is_checked(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

@@ -12,13 +12,15 @@ from routewright.errors import UserError
 from routewright.outcomes import write_outcomes
 from routewright.schema import Outcome, Prompt, TokenUsage
 
-ROW = Outcome("p1", "How many?", "cheap", "4", True, 1.0, TokenUsage(3, 1), reference="4", grader="number", latency_s=.5)
+ROW = Outcome("p1", "How many?", "cheap", "4", True, 1.0, TokenUsage(3, 1), reference="4", grader="number",
+              latency_s=.5)
 
 
 def test_the_asking_prompt_gives_the_identity():
     asked = Prompt("other", "How many?", task="t", group="g", split="dev", reference="5")
     answer = ReplayBackend([ROW]).call("cheap", asked, Sampling())
-    assert answer == replace(ROW, prompt_id="other", task="t", group="g", split="dev", reference="5", is_correct=None, quality=None, grader="")
+    assert answer == replace(ROW, prompt_id="other", task="t", group="g", split="dev", reference="5", is_correct=None,
+                             quality=None, grader="")
     assert ROW.is_correct is True  # the recording is not touched
 
 

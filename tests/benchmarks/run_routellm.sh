@@ -37,7 +37,7 @@ train() {
 }
 
 score() {
-    python src/evaluate.py --cache "data/outcomes/routellm-$1" --routers "configs/routers/routellm-$1.yaml" --seeds 5 \
+    TASK="$1" python src/evaluate.py --cache "data/outcomes/routellm-$1" --routers configs/routers/routellm.yaml --seeds 5 \
         --output_dir "$out/$1"
 }
 

@@ -23,8 +23,9 @@ def backend_for(pool: Pool, models: list[str], batch_size: int = 64) -> Backend:
     for name in models:
         spec = pool[name]
         if not spec.path:
-            where = f"only litellm_id {spec.litellm_id!r}, and live calls are not supported yet" if spec.litellm_id else "no path"
-            raise UserError(f"{pool.source or pool.name}: model {name!r} has {where}; give it `path:`, a weights folder "
-                            "relative to the pool file, or leave it out with --models")
+            live = f"only litellm_id {spec.litellm_id!r}, and live calls are not supported yet"
+            raise UserError(f"{pool.source or pool.name}: model {name!r} has {live if spec.litellm_id else 'no path'}; "
+                            "give it `path:`, a weights folder relative to the pool file, or leave it out "
+                            "with --models")
     from routewright.backends.local import LocalBackend
     return LocalBackend(pool, batch_size=batch_size)

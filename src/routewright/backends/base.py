@@ -39,7 +39,8 @@ class Backend(ABC):
     """Where answers come from."""
 
     @abstractmethod
-    def call_many(self, model_name: str, prompts: Sequence[Prompt], sampling: Sampling, sample: int = 0) -> list[Outcome]:
+    def call_many(self, model_name: str, prompts: Sequence[Prompt], sampling: Sampling,
+                  sample: int = 0) -> list[Outcome]:
         """One ungraded outcome per prompt, in the order of `prompts`. `sample` tells repeats of a call apart.
 
         Raises UserError for a model or call that the backend does not have, MissingSetup for missing weights.
@@ -56,8 +57,8 @@ class Backend(ABC):
 
 def outcome_of(prompt: Prompt, model_name: str, sample: int, **measured: Any) -> Outcome:
     """An ungraded outcome that carries the prompt's identity and what was measured."""
-    return Outcome(prompt.prompt_id, prompt.prompt, model_name, task=prompt.task, group=prompt.group, split=prompt.split,
-                   context=prompt.context, reference=prompt.reference, sample=sample, **measured)
+    return Outcome(prompt.prompt_id, prompt.prompt, model_name, task=prompt.task, group=prompt.group,
+                   split=prompt.split, context=prompt.context, reference=prompt.reference, sample=sample, **measured)
 
 
 def message_of(prompt: Prompt) -> str:

@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from routewright.backends.base import Backend, Sampling, message_of, outcome_of
-from routewright.encoders import find_weights, load_tokenizer, longest_input, quiet_loading, torch_device, weights_identity
+from routewright.encoders import (
+    find_weights,
+    load_tokenizer,
+    longest_input,
+    quiet_loading,
+    torch_device,
+    weights_identity,
+)
 from routewright.errors import MissingSetup, UserError
 from routewright.pool import Pool
 from routewright.schema import Outcome, Prompt, TokenUsage
@@ -43,14 +50,15 @@ class LocalBackend(Backend):
         """Where the weights lie. Raises UserError without `path:`, MissingSetup without the folder."""
         path = self.pool[model_name].path
         if not path:
-            raise UserError(f"{self.pool.source or self.pool.name}: model {model_name!r} has no path; give it `path:`, a "
-                            "weights folder relative to the pool file")
+            raise UserError(f"{self.pool.source or self.pool.name}: model {model_name!r} has no path; give it `path:`, "
+                            "a weights folder relative to the pool file")
         return find_weights(self.root / path if (self.root / path).is_dir() or path.startswith(".") else path)
 
     def identity(self, model_name: str) -> str:
         return weights_identity(self.folder(model_name))
 
-    def call_many(self, model_name: str, prompts: Sequence[Prompt], sampling: Sampling, sample: int = 0) -> list[Outcome]:
+    def call_many(self, model_name: str, prompts: Sequence[Prompt], sampling: Sampling,
+                  sample: int = 0) -> list[Outcome]:
         """Batches of prompts of similar length; the order of the answers is that of `prompts`."""
         model, tokenizer = self._load(model_name)
         asked = [tokenizer(_as_chat(tokenizer, prompt), add_special_tokens=not tokenizer.chat_template)["input_ids"]
@@ -62,7 +70,8 @@ class LocalBackend(Backend):
         fitting = []
         for i, ids in enumerate(asked):
             if len(ids) >= window:
-                answers[i] = outcome_of(prompts[i], model_name, sample, token_usage=TokenUsage(len(ids)), finish_reason="error",
+                answers[i] = outcome_of(prompts[i], model_name, sample, token_usage=TokenUsage(len(ids)),
+                                        finish_reason="error",
                                         error=f"the prompt has {len(ids)} tokens and the context window {window}")
             else:
                 fitting.append(i)
@@ -93,11 +102,12 @@ class LocalBackend(Backend):
                 tokenizer.pad_token = tokenizer.eos_token
             try:
                 with quiet_loading():
-                    model = AutoModelForCausalLM.from_pretrained(
-                        folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False)
+                    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
+                                                                 use_safetensors=True, trust_remote_code=False)
             except Exception as error:  # noqa: BLE001 - the loader raises a dozen kinds, all mean the same to the user
                 first = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-                raise MissingSetup(f"{folder}: the weights of {model_name!r} do not load ({first}); fetch or train them again") from None
+                raise MissingSetup(f"{folder}: the weights of {model_name!r} do not load ({first}); "
+                                   "fetch or train them again") from None
             model = model.to(torch_device()).eval()
             # The first generation pays for lazy set-up, which is no model's latency.
             _generate(model, tokenizer, [tokenizer("1")["input_ids"]], Sampling(), 2, [0])
@@ -110,7 +120,8 @@ def _as_chat(tokenizer: Any, prompt: Prompt) -> str:
     text = message_of(prompt)
     if not tokenizer.chat_template:
         return text
-    return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=False)
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False)
 
 
 def _seed(seed: int, model_name: str, sample: int, prompt: Prompt) -> int:
@@ -134,9 +145,10 @@ def _generate(model: Any, tokenizer: Any, asked: Sequence[Sequence[int]], sampli
     chooser = _Chooser(sampling, seeds)
     with torch.inference_mode():
         out = model.generate(
-            input_ids=ids.to(model.device), attention_mask=mask.to(model.device), logits_processor=LogitsProcessorList([chooser]),
-            generation_config=GenerationConfig(max_new_tokens=room, do_sample=False, pad_token_id=tokenizer.pad_token_id,
-                                               eos_token_id=sorted(ends), use_cache=True))
+            input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+            logits_processor=LogitsProcessorList([chooser]),
+            generation_config=GenerationConfig(max_new_tokens=room, do_sample=False, use_cache=True,
+                                               pad_token_id=tokenizer.pad_token_id, eos_token_id=sorted(ends)))
     drawn = out[:, width:].cpu().tolist()
     logprobs = torch.stack(chooser.logprobs, 1).tolist()
     results = []
@@ -162,7 +174,8 @@ class _Chooser:
         import numpy as np
 
         self.sampling = sampling
-        self.streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds] if sampling.temperature > 0 else []
+        seeds = seeds if sampling.temperature > 0 else ()
+        self.streams = [np.random.Generator(np.random.PCG64(seed)) for seed in seeds]
         self.logprobs: list[Any] = []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:

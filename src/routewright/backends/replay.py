@@ -33,17 +33,19 @@ class ReplayBackend(Backend):
     def load(cls, path: str | Path) -> ReplayBackend:
         return cls(read_outcomes(path), str(path))
 
-    def call_many(self, model_name: str, prompts: Sequence[Prompt], sampling: Sampling = Sampling(), sample: int = 0) -> list[Outcome]:
+    def call_many(self, model_name: str, prompts: Sequence[Prompt], sampling: Sampling,
+                  sample: int = 0) -> list[Outcome]:
         """Recorded outcomes without their grades. Raises UserError naming the first call that was never recorded."""
         if model_name not in self._models:
-            raise UserError(f"{self.source}: model {model_name!r} was never recorded{nearest(model_name, self._models)}; "
-                            f"recorded: {', '.join(self._models) or 'none'}")
+            raise UserError(f"{self.source}: model {model_name!r} was never recorded"
+                            f"{nearest(model_name, self._models)}; recorded: {', '.join(self._models) or 'none'}")
         answers = []
         for prompt in prompts:
             found = self._found.get((prompt.prompt, prompt.context, model_name, sample))
             if found is None:
                 raise UserError(f"{self.source}: no recorded answer of {model_name!r} to prompt {prompt.prompt_id!r} "
                                 f"({prompt.prompt[:40]!r}), sample {sample}; record it with build_cache.py")
-            answers.append(replace(found, prompt_id=prompt.prompt_id, task=prompt.task, group=prompt.group, split=prompt.split,
-                                   reference=prompt.reference, is_correct=None, quality=None, grader=""))
+            answers.append(replace(
+                found, prompt_id=prompt.prompt_id, task=prompt.task, group=prompt.group, split=prompt.split,
+                reference=prompt.reference, is_correct=None, quality=None, grader=""))
         return answers
