@@ -11,6 +11,7 @@ something, 130 interrupted.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from routewright.errors import MissingSetup, PartialRun, UserError
-from routewright.textfiles import nearest, read_yaml, write_atomic
+from routewright.textfiles import nearest, parse_yaml, read_yaml, write_atomic
 
 _OWN = {"config": "a YAML file with any of the options above; flags win over it", "debug": "show tracebacks"}
 _YES, _NO = {"true", "yes", "on", "1"}, {"false", "no", "off", "0"}
@@ -57,12 +58,12 @@ def run(main: Callable[..., Any], argv: list[str]) -> int:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     options = read_options(main)
-    if any(word in ("-h", "--help") for word in argv):
-        if first_rank:
-            print(help_text(main, options))
-        return 0
     resolved: dict[str, Any] = {}
     try:
+        if any(word in ("-h", "--help") for word in argv):
+            if first_rank:
+                print(help_text(main, options), flush=True)
+            return 0
         try:
             resolved, source = resolve(options, argv)
             if first_rank:
@@ -73,9 +74,11 @@ def run(main: Callable[..., Any], argv: list[str]) -> int:
                 _save(resolved, first_rank)
             raise
         _save(resolved, first_rank)
+        sys.stdout.flush()  # here, where a reader that has left is no traceback
         return 0
     except (UserError, PartialRun, MissingSetup) as error:
-        return _tell(f"{'stopped' if isinstance(error, PartialRun) else 'error'}: {error}", error.exit_code, speaks, debug)
+        what = "stopped" if isinstance(error, PartialRun) else "error"
+        return _tell(f"{what}: {error}", error.exit_code, speaks, debug)
     except KeyboardInterrupt:
         return _tell("interrupted", 130, speaks, debug)
     except BrokenPipeError:  # the reader of our output has left, as `head` does
@@ -108,7 +111,8 @@ def _save(resolved: dict[str, Any], first_rank: bool) -> None:
     folder = resolved.get("output_dir")
     if folder and first_rank and Path(folder).is_dir():
         import yaml
-        write_atomic(Path(folder) / "config.resolved.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        write_atomic(Path(folder) / "config.resolved.yaml", text)
 
 
 # ---------------------------------------------------------------- what main offers
@@ -199,8 +203,8 @@ def _show(value: Any) -> str:
 
 def _resolved_text(options: dict[str, Option], resolved: dict[str, Any], source: dict[str, str]) -> str:
     width = max((len(name) for name in options), default=0)
-    return "\n".join(f"{name:<{width}}  {_show(resolved[name])}{'' if source[name] == 'default' else f'  ({source[name]})'}"
-                     for name in options)
+    origin = {name: "" if source[name] == "default" else f"  ({source[name]})" for name in options}
+    return "\n".join(f"{name:<{width}}  {_show(resolved[name])}{origin[name]}" for name in options)
 
 
 # ---------------------------------------------------------------- what the user gave
@@ -248,7 +252,8 @@ def _parse_flags(options: dict[str, Option], argv: list[str]) -> dict[str, str]:
         word = words[at]
         at += 1
         if not word.startswith("--") or word == "--":
-            raise UserError(f"{word!r} stands alone; every value needs its flag, as in --{next(iter(options), 'config')} {word}")
+            first = next(iter(options), "config")
+            raise UserError(f"{word!r} stands alone; every value needs its flag, as in --{first} {word}")
         name, equals, value = word[2:].partition("=")
         name = name.replace("-", "_")
         head, _, inner = name.partition(".")
@@ -304,19 +309,11 @@ def _takes(kind: Any, wanted: type) -> bool:
 
 
 def _yaml_value(text: str, where: str) -> Any:
-    """A scalar, list or mapping written on the command line, with 5e-7 as a number."""
-    import yaml
-
+    """A scalar, list or mapping written on the command line, with 5e-7 as a number at any depth."""
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        return parse_yaml(text, where)
+    except UserError:
         raise UserError(f"{where}: {text!r} is not a value (lists are [a, b], mappings {{a: 1}})") from None
-    if isinstance(value, str):
-        try:
-            return float(value) if re.fullmatch(r"[-+]?[\d_.]+[eE][-+]?\d+", value) else value
-        except ValueError:
-            return value
-    return value
 
 
 def _from_text(text: str, kind: Any, where: str) -> Any:
@@ -348,15 +345,23 @@ def _from_text(text: str, kind: Any, where: str) -> Any:
         raise UserError(f"{where}: {text!r} is neither true nor false")
     if kind in (int, float):
         try:
-            return kind(text.replace("_", ""))
+            number = kind(text.replace("_", ""))
         except ValueError:
             raise UserError(f"{where}: {text!r} is not a {_kind_name(kind)}") from None
+        return _finite(number, where)
     if (origin or kind) is list:
         value = _yaml_value(text if text.startswith("[") else f"[{text}]", where)
         return _from_yaml(value, kind, where)
     if (origin or kind) is dict:
         return _from_yaml(_yaml_value(text, where), kind, where)
     raise AssertionError(f"{where}: options of type {kind} are not supported")
+
+
+def _finite(number: float, where: str) -> float:
+    """No option wants nan or inf, and both pass every test of the kind `x < 0`."""
+    if not math.isfinite(number):
+        raise UserError(f"{where}: {number} is no finite number")
+    return number
 
 
 def _from_yaml(value: Any, kind: Any, where: str) -> Any:
@@ -388,7 +393,7 @@ def _from_yaml(value: Any, kind: Any, where: str) -> Any:
     elif (origin or kind) is dict and isinstance(value, dict):
         return value
     elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
+        return _finite(float(value), where)
     elif kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
     elif kind in (str, int, bool) and type(value) is kind:

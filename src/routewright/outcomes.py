@@ -120,11 +120,12 @@ def _usage(raw: Any, where: str) -> TokenUsage:
         if key == "estimated":
             if not isinstance(value, bool):
                 raise UserError(f"{where}: token_usage.estimated must be true or false; got {value!r}")
-        elif isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
             raise UserError(f"{where}: token_usage.{key} must be a whole number of tokens; got {value!r}")
     usage = TokenUsage(**raw)
     if usage.cached > usage.input:
-        raise UserError(f"{where}: token_usage.cached ({usage.cached}) is part of input ({usage.input}) and cannot exceed it")
+        raise UserError(f"{where}: token_usage.cached ({usage.cached}) is part of input ({usage.input}) and cannot "
+                        "exceed it")
     return usage
 
 
@@ -158,7 +159,7 @@ def fingerprint(outcomes: Iterable[Outcome]) -> str:
     """16 hexadecimal digits that change with any recorded outcome, and not with the order of the rows."""
     total = 0
     for outcome in outcomes:
-        row = json.dumps(outcome.as_row(), sort_keys=True, ensure_ascii=False).encode()
+        row = json.dumps(outcome.as_row(), sort_keys=True, ensure_ascii=False).encode("utf-8", "backslashreplace")
         total = (total + int.from_bytes(hashlib.sha256(row).digest()[:16], "big")) % (1 << 128)
     return f"{total:032x}"[:16]
 
@@ -231,33 +232,33 @@ class OutcomeTable:
         rows: dict[str, int] = {}
         prompts: list[Prompt] = []
         first: dict[tuple[int, int], Outcome] = {}
-        samples: dict[tuple[int, int], list[float]] = defaultdict(list)
+        samples: dict[tuple[int, int], dict[int, float]] = defaultdict(dict)
         for outcome in outcomes:
             if outcome.model_name not in column:
                 continue
             row = rows.setdefault(outcome.prompt_id, len(prompts))
             if row == len(prompts):
                 prompts.append(outcome.as_prompt)
-            elif prompts[row].prompt != outcome.prompt:
-                raise UserError(f"{source}: prompt_id {outcome.prompt_id!r} stands for two different prompts "
-                                f"({prompts[row].prompt[:40]!r} and {outcome.prompt[:40]!r}); ids must be unique")
+            else:
+                _check_same(prompts[row], outcome, source)
             key = (row, column[outcome.model_name])
+            if outcome.sample in samples[key]:
+                raise UserError(f"{source}: sample {outcome.sample} of ({outcome.prompt_id!r}, "
+                                f"{outcome.model_name!r}) stands twice; remove one")
             if outcome.sample == 0:
-                if key in first:
-                    raise UserError(f"{source}: sample 0 of ({outcome.prompt_id!r}, {outcome.model_name!r}) stands twice")
                 first[key] = outcome
-            samples[key].append(_graded(outcome, source))
+            samples[key][outcome.sample] = _graded(outcome, source)
         return cls._dense(prompts, tuple(models), pool, first, samples, fingerprint(outcomes), source)
 
     @classmethod
     def _dense(cls, prompts: list[Prompt], models: tuple[str, ...], pool: Pool, first: dict[tuple[int, int], Outcome],
-               samples: dict[tuple[int, int], list[float]], mark: str, source: str) -> OutcomeTable:
+               samples: dict[tuple[int, int], dict[int, float]], mark: str, source: str) -> OutcomeTable:
         n, m = len(prompts), len(models)
         missing = [(row, col) for row in range(n) for col in range(m) if (row, col) not in first]
         if missing:
             row, col = missing[0]
-            raise UserError(f"{source}: model {models[col]!r} has no recorded answer to prompt {prompts[row].prompt_id!r} "
-                            f"({len(missing)} of {n * m} pairs are missing); record them, or import with "
+            raise UserError(f"{source}: model {models[col]!r} has no recorded answer to prompt "
+                            f"{prompts[row].prompt_id!r} ({len(missing)} of {n * m} pairs are missing); record them, or import with "
                             "--missing drop_prompt or --missing drop_model")
 
         def array(value: Any, dtype: Any = np.float64) -> np.ndarray:
@@ -270,7 +271,7 @@ class OutcomeTable:
             latency=array(lambda o: np.nan if o.latency_s is None else o.latency_s),
             input_tokens=array(lambda o: o.token_usage.input, np.int64),
             output_tokens=array(lambda o: o.token_usage.output + o.token_usage.reasoning, np.int64),
-            quality_mean=np.array([[np.mean(samples[row, col]) for col in range(m)] for row in range(n)]),
+            quality_mean=np.array([[np.mean(list(samples[row, col].values())) for col in range(m)] for row in range(n)]),
             estimated=any(o.token_usage.estimated for o in first.values()),
             fingerprint=mark,
             responses=[{models[col]: first[row, col].response for col in range(m)} for row in range(n)],
@@ -343,6 +344,16 @@ class OutcomeTable:
 
 _ARRAYS = ("quality", "cost", "latency", "input_tokens", "output_tokens", "quality_mean", "reasoning_tokens",
            "cached_tokens", "money_recorded")
+
+
+def _check_same(prompt: Prompt, outcome: Outcome, source: str) -> None:
+    """One id, one prompt, one split. Raises UserError."""
+    if (prompt.prompt, prompt.context) != (outcome.prompt, outcome.context):
+        raise UserError(f"{source}: prompt_id {outcome.prompt_id!r} stands for two different prompts "
+                        f"({prompt.prompt[:40]!r} and {outcome.prompt[:40]!r}); ids must be unique")
+    if prompt.split != outcome.split:
+        raise UserError(f"{source}: prompt_id {outcome.prompt_id!r} stands in split {prompt.split or 'unassigned'} and "
+                        f"in {outcome.split or 'unassigned'}; a prompt has one split")
 
 
 def _graded(outcome: Outcome, source: str) -> float:

@@ -12,11 +12,14 @@ import json
 import os
 import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from routewright.errors import UserError
+
+DAMAGED_GZIP = (EOFError, gzip.BadGzipFile, zlib.error)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -60,9 +63,11 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 seen = True
                 yield number, parse_row(line, f"{path}:{number}", torn=not line.endswith("\n"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}: not valid UTF-8 ({error.reason} at byte {error.start}); re-save the file as UTF-8") from None
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}:{number + 1}: the gzip file is damaged or cut short ({error}); fetch or write it again") from None
+        raise UserError(f"{path}:{number + 1}: not valid UTF-8 ({error.reason} at byte {error.start}); "
+                        "re-save the file as UTF-8") from None
+    except DAMAGED_GZIP as error:
+        raise UserError(f"{path}:{number + 1}: the gzip file is damaged or cut short ({error}); "
+                        "fetch or write it again") from None
     if not seen:
         raise UserError(f"{path}: the file is empty; one JSON object per line is needed")
 
@@ -84,7 +89,12 @@ def parse_row(line: str, where: str, torn: bool = False) -> dict[str, Any]:
         row = json.loads(line, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
         hint = "the last line is cut off; remove it or write the file again" if torn else "fix or remove the line"
-        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}: {line[:60].strip()!r}); {hint}") from None
+        raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno}: {line[:60].strip()!r}); "
+                        f"{hint}") from None
+    except UserError:
+        raise
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UserError(f"{where}: not readable ({error}); fix or remove the line") from None
     except RecursionError:
         raise UserError(f"{where}: nested too deeply to be a row; remove the line") from None
     if not isinstance(row, dict):
@@ -94,6 +104,20 @@ def parse_row(line: str, where: str, torn: bool = False) -> dict[str, Any]:
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping. Numbers such as 1e-5 are read as numbers (plain PyYAML gives text). Raises UserError."""
+    try:
+        text = need_file(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid UTF-8 ({error.reason})") from None
+    raw = parse_yaml(text, str(path))
+    if raw is None:
+        raise UserError(f"{path}: the file is empty; a mapping of keys is needed")
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
+    return raw
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text, with 1e-5 as a number. Raises UserError that starts with `where`."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -107,25 +131,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = loader.construct_object(key_node, deep=deep)
+            key = loader.construct_object(key_node, deep=True)
+            place = f"{where}:{key_node.start_mark.line + 1}"
+            if isinstance(key, (list, dict)):
+                raise UserError(f"{place}: a {type(key).__name__} cannot be a key; write a name")
             if key in seen:
-                raise UserError(f"{path}:{key_node.start_mark.line + 1}: key {key!r} stands twice; keep one")
+                raise UserError(f"{place}: key {key!r} stands twice; keep one")
             seen.add(key)
         return yaml.SafeLoader.construct_mapping(loader, node, deep)
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    path = need_file(path)
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - Loader is a SafeLoader
+        return yaml.load(text, Loader)  # noqa: S506 - Loader is a SafeLoader
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not YAML ({getattr(error, 'problem', error)})") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid UTF-8 ({error.reason})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of keys, got {type(raw).__name__}")
-    return raw
+        raise UserError(f"{where}{line}: not YAML ({getattr(error, 'problem', error)})") from None
+    except (ValueError, RecursionError) as error:  # 2026-13-45 as a date, or a thousand brackets
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{where}: not YAML ({error})") from None
 
 
 def check_keys(raw: dict[str, Any], required: Sequence[str], optional: Sequence[str], where: str) -> None:
@@ -133,7 +158,8 @@ def check_keys(raw: dict[str, Any], required: Sequence[str], optional: Sequence[
     known = [*required, *optional]
     for key in raw:
         if key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; known: {', '.join(dict.fromkeys(known))}")
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}; "
+                            f"known: {', '.join(dict.fromkeys(known))}")
     for key in required:
         if key not in raw:
             raise UserError(f"{where}: `{key}` is missing")
@@ -186,7 +212,8 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
         packed = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if str(path).endswith(".gz") else None
         target = packed or file
         for row in rows:
-            target.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
+            # Half of a surrogate pair, as cut answers hold, is written as the \\ud83d it was read from.
+            target.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace"))
         if packed:
             packed.close()
 

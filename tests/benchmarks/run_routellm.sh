@@ -27,12 +27,12 @@ import() {
         --pool configs/pools/routellm.yaml --output_dir data/outcomes/routellm-mmlu
 }
 
-# train TASK LEARNING_RATE EPOCHS: settings were chosen on the dev split of seed 0
+# train TASK LEARNING_RATE EPOCHS [--flags]
 train() {
     for seed in 0 1 2 3 4; do
         [ -f "$out/$1-minilm-$seed/router.json" ] && continue
         python src/train_deberta.py --cache "data/outcomes/routellm-$1" --split_seed "$seed" --model_name "$MINILM" \
-            --batch_size 32 --learning_rate "$2" --epochs "$3" --seed "$seed" --output_dir "$out/$1-minilm-$seed"
+            --batch_size 32 --learning_rate "$2" --epochs "$3" --seed "$seed" --output_dir "$out/$1-minilm-$seed" "${@:4}"
     done
 }
 
@@ -45,7 +45,7 @@ for stage in $stages; do
     case "$stage" in
         import) import ;;
         gsm8k) train gsm8k 2e-4 8 ;;
-        mmlu) train mmlu 1e-4 2 ;;
+        mmlu) train mmlu 1e-4 1 --max_length 256 ;;
         evaluate) score gsm8k; score mmlu ;;
         *) echo "error: unknown stage $stage; known: import gsm8k mmlu evaluate" >&2; exit 2 ;;
     esac
