@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by every launcher, and by you (`. cmd/env.sh`) for a shell in which `python`, `torchrun` and `accelerate`
 # are the project's own. Sets ROOT, finds the virtual environment, and exports what the libraries need to behave.
 

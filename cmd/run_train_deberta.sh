@@ -88,7 +88,8 @@ if [ -n "${DRY_RUN:-}" ] && [ "$DRY_RUN" != 0 ]; then printf 'torchrun'; printf 
 python="$(command -v python || command -v python3)"
 # One process checks options, rows and weights first: a mistake shows once, at once, with its own exit code.
 log="$(mktemp)"
-WORLD_SIZE="$ranks" "$python" "$ROOT/src/train_deberta.py" "${flags[@]}" "$@" $(has check_only || echo "--check_only true") 2>"$log" || {
+check=(); has check_only || check=(--check_only true)
+WORLD_SIZE="$ranks" "$python" "$ROOT/src/train_deberta.py" "${flags[@]}" "$@" "${check[@]}" 2>"$log" || {
     code=$?; cat "$log" >&2; rm -f "$log"; exit "$code"; }
 if has check_only; then cat "$log" >&2; rm -f "$log"; exit 0; fi
 rm -f "$log"

@@ -33,7 +33,7 @@ from routewright.grading import grade
 from routewright.launch import launch
 from routewright.outcomes import cache_file, fingerprint, outcome_from_row, read_outcomes, write_outcomes
 from routewright.pool import Pool, estimate_tokens, price_per_call
-from routewright.prompts import assign_splits, full_text, group_near_duplicates, prompts_hash, read_prompts
+from routewright.prompts import assign_splits, check_straddle, full_text, group_prompts, prompts_hash, read_prompts
 from routewright.schema import Outcome, Prompt
 from routewright.textfiles import read_yaml, write_atomic, write_json
 
@@ -115,12 +115,17 @@ def _checked_prompts(path: str, limit: int | None, grader: str) -> list[Prompt]:
         bare = next(p for p in asked if not p.split)
         raise UserError(f"{path}: prompt {bare.prompt_id!r} has no split and others have one; "
                         "give all of them a split, or none")
-    if not any(p.split for p in asked):
-        groups = [p.group for p in asked]
-        if not all(groups):
-            groups = group_near_duplicates([full_text(p) for p in asked])
-        asked = [replace(p, group=g, split=s) for p, g, s in zip(asked, groups, assign_splits(groups), strict=True)]
-    return asked
+    tied = group_prompts(asked)
+    names: dict[str, str] = {}  # the file's own name for a group, where it has one
+    groups = [names.setdefault(group, p.group or group) for p, group in zip(asked, tied, strict=True)]
+    if any(p.split for p in asked):
+        splits = [p.split for p in asked]
+        ids = [p.prompt_id for p in asked]
+        check_straddle(dict(zip(ids, groups, strict=True)), dict(zip(ids, splits, strict=True)),
+                       f"{path}: its splits leak", "leave `split` out of the file to have clean ones assigned")
+    else:
+        splits = assign_splits(groups)
+    return [replace(p, group=g, split=s) for p, g, s in zip(asked, groups, splits, strict=True)]
 
 
 def _key(prompt: Prompt, identity: str, name: str, sampling: Sampling, sample: int) -> str:
@@ -222,8 +227,13 @@ def _graded(outcome: Outcome, grader: str) -> Outcome:
 def _regrade(out: Path, grader: str) -> None:
     file = cache_file(out)
     outcomes = read_outcomes(file)
-    fresh = [_graded(outcome, grader) for outcome in outcomes]
-    changed = sum(a.quality != b.quality for a, b in zip(outcomes, fresh))
+    fresh = []
+    for outcome in outcomes:
+        try:
+            fresh.append(_graded(outcome, grader))
+        except UserError as error:
+            raise UserError(f"{file}: prompt {outcome.prompt_id!r}: {error}") from None
+    changed = sum(a.quality != b.quality for a, b in zip(outcomes, fresh, strict=True))
     write_outcomes(file, fresh)
     if (out / "cache.json").is_file():
         made = json.loads((out / "cache.json").read_text(encoding="utf-8"))

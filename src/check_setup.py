@@ -71,7 +71,7 @@ def requirements() -> dict[str, str]:
 
 def python_and_packages() -> Iterator[Check]:
     version = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info >= (3, 11):
+    if sys.version_info >= (3, 11):  # noqa: UP036 - to be told is better than to fail
         yield Check("OK", "python", version)
     else:
         yield Check("FAIL", "python", version, "install Python 3.11 or newer and run cmd/setup.sh again")
@@ -82,7 +82,7 @@ def python_and_packages() -> Iterator[Check]:
             yield Check("FAIL", name, "not installed", "run cmd/setup.sh")
             continue
         if name == "litellm" and seen in ("1.82.7", "1.82.8"):
-            yield Check("FAIL", name, f"{seen} is a compromised release (2026-03)", "uninstall it and change your keys")
+            yield Check("FAIL", name, f"{seen} is a compromised release (2026-03)", "uninstall it, change your keys")
         elif seen.split("+")[0] == pinned:
             yield Check("OK", name, seen)
         else:
@@ -101,7 +101,8 @@ def gpu() -> Iterator[Check]:
         return
     query = "--query-gpu=name,memory.total,driver_version"
     try:
-        done = subprocess.run([tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True, timeout=10)
+        done = subprocess.run([tool, query, "--format=csv,noheader,nounits"], capture_output=True, text=True,
+                              timeout=10)
         rows = [line.split(", ") for line in done.stdout.strip().splitlines()]
     except (OSError, subprocess.TimeoutExpired):
         rows = []
@@ -114,8 +115,8 @@ def gpu() -> Iterator[Check]:
     if torch_build.endswith("+cpu"):
         yield Check("WARN", "torch build", torch_build, "this is a CPU build; install the CUDA build to use the GPU")
     elif int(driver.split(".")[0]) < CUDA_13_DRIVER:
-        yield Check("WARN", "driver", driver, f"CUDA 13 builds of torch need {CUDA_13_DRIVER} or newer: update the driver, "
-                    "or install torch from the cu126 index")
+        yield Check("WARN", "driver", driver, f"CUDA 13 builds of torch need {CUDA_13_DRIVER} or newer: update the "
+                    "driver, or install torch from the cu126 index")
 
 
 def compiler() -> Iterator[Check]:
@@ -123,7 +124,8 @@ def compiler() -> Iterator[Check]:
     if found:
         yield Check("OK", "C++ compiler", found)
     else:
-        yield Check("WARN", "C++ compiler", "none", "DeepSpeed builds extensions at run time: apt install g++; other profiles run")
+        yield Check("WARN", "C++ compiler", "none",
+                    "DeepSpeed builds extensions at run time: apt install g++; other profiles run")
     try:
         ninja = shutil.which("ninja") or importlib.metadata.version("ninja")
         yield Check("OK", "ninja", str(ninja))
@@ -135,12 +137,14 @@ def keys() -> Iterator[Check]:
     in_file = set()
     env_file = ROOT / ".env"
     if env_file.is_file():
-        in_file = {line.split("=")[0].removeprefix("export ").strip() for line in env_file.read_text().splitlines() if "=" in line}
+        in_file = {line.split("=")[0].removeprefix("export ").strip()
+                   for line in env_file.read_text().splitlines() if "=" in line}
     there = [name for name in PROVIDER_KEYS if os.environ.get(name) or name in in_file]
     if there:
         yield Check("OK", "provider keys", f"set: {', '.join(there)} (never shown)")
     else:
-        yield Check("WARN", "provider keys", "none set", f"live calls need one of {', '.join(PROVIDER_KEYS)}; replay and local models need none")
+        yield Check("WARN", "provider keys", "none set", f"live calls need one of {', '.join(PROVIDER_KEYS)}; "
+                    "replay and local models need none")
 
 
 def tracking() -> Iterator[Check]:
@@ -156,10 +160,10 @@ def tracking() -> Iterator[Check]:
 
 
 def hub() -> Iterator[Check]:
-    cache = Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface")) / "hub")
-    models = sorted(p.name.removeprefix("models--").replace("--", "/") for p in cache.glob("models--*")) if cache.is_dir() else []
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache/huggingface"))
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "True") else ""
-    yield Check("OK", "hub cache", f"{len(models)} models in {cache}{offline}")
+    yield Check("OK", "hub cache", f"{len(list(cache.glob('models--*')))} models in {cache}{offline}")
 
 
 def disk() -> Iterator[Check]:

@@ -7,7 +7,7 @@ prompts of the cache are drawn first and held out of training by text. Next, rec
     python src/make_sample_pool.py                         # all three, one after the other
     python src/make_sample_pool.py --models strong         # one process per model uses two cores better
     python src/build_cache.py --prompts data/sample/prompts.jsonl.gz --pool data/sample/pool.yaml
-    python src/make_sample_pool.py --report true           # data/sample/README.md, from the recorded cache
+    python src/make_sample_pool.py --report true           # data/sample/README.md and data/sample_*.jsonl
 
 Can be stopped at any time: the same command goes on from the last checkpoint (every 200 steps) and ends in the same
 weights. Reads nothing. Writes prompts.jsonl.gz, pool.yaml and models/<name>/ into the output folder, checkpoints
@@ -39,22 +39,19 @@ def main(
     models: list[str] | None = None,  # names to train; default: all
     quick: bool = False,  # minute-long smaller training, for tests
     # Report
-    report: bool = False,  # write README.md from the recorded cache instead of training
+    report: bool = False,  # write README.md, and beside output_dir the sample rows, from the recorded cache instead
 ):
     """Generate the prompts, train the models of the sample pool from scratch, save them."""
     out = Path(output_dir)
     if report:
-        from routewright.outcomes import read_outcomes
-        write_atomic(out / "README.md", samplepool.readme(read_outcomes(out), out))
-        print(f"written: {out / 'README.md'}")
-        return
+        return _report(out)
     recipes = _chosen(models, quick)
 
     problems = samplepool.cache_problems(seed, prompts, samplepool.QUICK_RECIPES if quick else samplepool.RECIPES)
     asked = [problem.as_prompt(i) for i, problem in enumerate(problems)]
     groups = group_near_duplicates([p.prompt for p in asked])
     splits = assign_splits(groups, salt="sample")
-    asked = [replace(p, group=g, split=s) for p, g, s in zip(asked, groups, splits)]
+    asked = [replace(p, group=g, split=s) for p, g, s in zip(asked, groups, splits, strict=True)]
     fields = ("prompt_id", "prompt", "task", "group", "split", "reference")
     write_jsonl(out / "prompts.jsonl.gz", ({name: getattr(p, name) for name in fields} for p in asked))
     write_atomic(out / "pool.yaml", samplepool.POOL_YAML)
@@ -69,6 +66,16 @@ def main(
         write_json(folder / "training.json", {**samplepool.as_row(recipe), "measured": measured})
         print(f"{recipe.name}: {measured['parameters']:,} parameters, {measured['minutes']} min -> {folder}",
               flush=True)
+
+
+def _report(out: Path) -> None:
+    from routewright.outcomes import read_outcomes
+
+    outcomes = read_outcomes(out)
+    written = [write_atomic(out / "README.md", samplepool.readme(outcomes, out)),
+               write_jsonl(out.parent / "sample_data.jsonl", samplepool.cobench_rows(outcomes)),
+               write_jsonl(out.parent / "sample_alpaca_data.jsonl", samplepool.alpaca_rows(outcomes))]
+    print(f"written: {', '.join(map(str, written))}")
 
 
 def _chosen(names: list[str] | None, quick: bool) -> list[samplepool.Recipe]:

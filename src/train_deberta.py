@@ -26,14 +26,15 @@ data/runs/, which git ignores. The same line again goes on where a stopped run w
 
 Measured on one AMD EPYC core (torch 2.13.0+cpu): the bare run with `tiny` (600 rows, 3 epochs) takes 15 CPU seconds and
 0.7 GB, half of the time in imports; a 22.7M-parameter encoder at batch 32 trains on 1,200 useful tokens a CPU second in
-fp32 and 2,400 in bf16 (tests/benchmarks/bench_train_deberta.py). No GPU was measured; CoBench reports about 8 GB per GPU
-for DeBERTa-v3-base.
+fp32 and 2,400 in bf16 (tests/benchmarks/bench_train_deberta.py). No GPU was measured; CoBench reports about 8 GB per
+GPU for DeBERTa-v3-base.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +53,8 @@ TINY_LEARNING_RATE = 1e-3  # weights that start from nothing want bigger steps
 OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
          "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
          "bf16": "precision", "fp16": "precision", "report_to": "wandb"}
+
+LOG_STEPS, LOG_SECONDS = 25, 30.0  # a console line at least this often
 
 Say = Callable[[str], None]
 Rows = list[dict[str, Any]]
@@ -107,7 +110,7 @@ def main(
 
     from routewright import tracking
     from routewright.encoders import longest_input
-    from routewright.trainer import guard_process
+    from routewright.rank_watch import guard_process
 
     guard_process()
     quiet_libraries()
@@ -120,15 +123,17 @@ def main(
         output_dir=output_dir, batch_size=batch_size, global_batch_size=global_batch_size, learning_rate=learning_rate,
         epochs=epochs, bf16=bf16, seed=seed, rows=len(train_rows), extra=extra)
     method = {"form": source.form, "base_model": base.name, "max_length": max_length, "class_weights": class_weights,
-              "bf16": bf16, "models": list(source.models), "num_labels": source.num_labels}
+              "bf16": bf16, "models": list(source.models), "num_labels": source.num_labels, "patience": patience}
 
     with tracking.start("routewright", f"train_deberta-{out.name}", out,
                         {**method, "learning_rate": learning_rate, "epochs": epochs, "rows": len(train)},
                         mode="auto" if wandb else "off", job_type="train") as tracker:
-        run = build_trainer(model, tokenizer, arguments, train, train_rows, dev_rows, source, method=method,
-                            weights=loss_weights(class_weights, train, source), patience=patience, tracker=tracker,
-                            say=say)
+        run = build_trainer(model, tokenizer, arguments, (train, dev), (train_rows, dev_rows), source, method=method,
+                            weights=loss_weights(class_weights, train, source), tracker=tracker, say=say)
         run.run(resume=resume)
+        if is_saved(run, out):
+            say(f"this run was finished before; its router: {out} (--resume none trains anew)")
+            return
         scores = score_validation(run, dev_rows, source)
         if run.is_world_process_zero():
             save_router(run, out, base, train, source, max_length)
@@ -258,20 +263,22 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         "gradient_accumulation_steps": accumulation, "num_train_epochs": epochs, "learning_rate": learning_rate,
         "weight_decay": 0.01, "warmup_steps": 0.1, "lr_scheduler_type": "linear", "max_grad_norm": 1.0,
         "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
-        "metric_for_best_model": "loss", "greater_is_better": False, "logging_steps": min(100, max(1, steps // 2)),
-        "disable_tqdm": True, "log_level": "error", "log_level_replica": "error", **extra}
+        "metric_for_best_model": "loss", "greater_is_better": False,
+        "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
+        "log_level": "error", "log_level_replica": "error", **extra}
     try:
         return TrainingArguments(**settings)
     except (ValueError, TypeError) as error:
         raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
 
 
-def build_trainer(model: Any, tokenizer: Any, arguments: Any, train: Examples, train_rows: Rows, dev_rows: Rows,
-                  source: Source, *, method: dict[str, Any], weights: np.ndarray | None, patience: int, tracker: Any,
-                  say: Say) -> Any:
+def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examples, Examples],
+                  encoded: tuple[Rows, Rows], source: Source, *, method: dict[str, Any], weights: np.ndarray | None,
+                  tracker: Any, say: Say) -> Any:
     """The Trainer in the safety net, with our batch order and losses; loop, optimizer and schedule are the library's.
 
-    `method` and the examples are fingerprinted: a run is only resumed with the same ones.
+    parts, encoded: train and validation examples, and their token ids. They and `method` are fingerprinted: a run is
+    only resumed with the same ones.
     """
     import torch
     from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, Trainer
@@ -279,8 +286,10 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, train: Examples, t
     from routewright.checkpoints import fingerprint
     from routewright.trainer import EpochNames, SafetyNet
 
-    whole = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    order = router_data.LengthGroupedOrder([len(r["input_ids"]) for r in train_rows], whole, arguments.seed)
+    whole = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    order = router_data.LengthGroupedOrder([len(r["input_ids"]) for r in encoded[0]], whole, arguments.seed)
+    digests = {name: fingerprint([part.questions, part.llm_ids, part.labels.tolist()])
+               for name, part in zip(("data", "validation data"), parts, strict=True)}
 
     class RouterTrainer(SafetyNet, Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -303,14 +312,13 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, train: Examples, t
             return found
 
     callbacks = [EpochNames(), make_reporter(order, tracker, say)]
-    if patience and arguments.load_best_model_at_end:
-        callbacks.append(EarlyStoppingCallback(patience))
+    if method["patience"] and arguments.load_best_model_at_end:
+        callbacks.append(EarlyStoppingCallback(method["patience"]))
     trainer = RouterTrainer(
-        model=model, args=arguments, train_dataset=train_rows, eval_dataset=dev_rows, processing_class=tokenizer,
+        model=model, args=arguments, train_dataset=encoded[0], eval_dataset=encoded[1], processing_class=tokenizer,
         data_collator=router_data.PadBatch(tokenizer.pad_token_id, 8 if torch.cuda.is_available() else 1),
         compute_metrics=lambda found: validation_metrics(found.predictions, found.label_ids, source),
-        callbacks=callbacks, row_names=train.names,
-        fingerprints={"data": fingerprint([train.questions, train.llm_ids, train.labels.tolist()]), "config": method})
+        callbacks=callbacks, row_names=parts[0].names, fingerprints={**digests, "config": method})
     # Encoders accept any keyword, which the library takes for "divides its loss by the accumulation steps".
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
@@ -343,6 +351,27 @@ def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Say)
     from transformers import TrainerCallback
 
     class Reporter(TrainerCallback):
+        began = spoke = time.monotonic()
+        first_step = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = self.spoke = time.monotonic()
+            self.first_step = state.global_step
+
+        def tell(self, state: Any, words: str) -> None:
+            self.spoke = time.monotonic()
+            made, left = state.global_step - self.first_step, state.max_steps - state.global_step
+            wait = f"  at most {span((self.spoke - self.began) / made * left)} left" if made and left else ""
+            say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {words}{wait}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if time.monotonic() - self.spoke > LOG_SECONDS and not control.should_log:
+                self.tell(state, "training")
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if time.monotonic() - self.spoke > LOG_SECONDS:
+                self.tell(state, "scoring the validation rows")
+
         def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             order.set_epoch(int(state.epoch or 0))
 
@@ -353,9 +382,16 @@ def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Say)
             scalars = {f"dev/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in shown.items()}
             tracker.log(scalars, step=state.global_step)
             words = "  ".join(f"{k.replace('eval_', 'dev ')} {v:.4g}" for k, v in shown.items() if k != "epoch")
-            say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch:.2f}  {words}")
+            self.tell(state, words)
 
     return Reporter()
+
+
+def span(seconds: float) -> str:
+    """A length of time as a person says it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def is_score(name: str) -> bool:
@@ -435,6 +471,17 @@ def report(scores: dict[str, float], out: Path, tracker: Any, say: Any) -> None:
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
+
+def is_saved(run: Any, out: Path) -> bool:
+    """Whether a run that was finished before left its router too: the best checkpoint's weights, scored."""
+    from routewright.checkpoints import fingerprint
+
+    best = run.state.best_model_checkpoint
+    if not (run.was_finished and best and (out / "router.json").is_file() and (out / "dev_scores.json").is_file()):
+        return False
+    files = [folder / "model.safetensors" for folder in (out, Path(best))]
+    return all(f.is_file() for f in files) and fingerprint(files[0]) == fingerprint(files[1])
+
 
 def save_router(run: Any, out: Path, base: Base, train: Examples, source: Source, max_length: int) -> None:
     """The final weights and router.json beside the checkpoints.

@@ -52,6 +52,7 @@ def main(
     """Fit a light router (knn, linear, mf, deberta, group_table, length) on an outcome cache and write its folder."""
     from routewright.errors import UserError
     from routewright.outcomes import OutcomeTable
+    from routewright.router_data import check_soft_labels
     from routewright.routers import make_router
     from routewright.textfiles import write_json
 
@@ -63,10 +64,15 @@ def main(
             flag = "embedding_cache" if key == "cache" else key
             raise UserError(f"--{flag} has no meaning for kind {kind}, which reads no encoder; leave it out")
         options[key] = value
+    for key in ("kind", "name"):
+        if key in options:
+            raise UserError(f"--router.{key}: give it as --{key}")
     # Built before the cache is read: a wrong option must not wait for the data.
     fitted = make_router(kind, name=name or Path(output_dir).name, **options)
     table = OutcomeTable.load(cache, pool)
     train, dev = table.split("train"), table.split("dev") if "dev" in table.splits else None
+    if fitted.needs_training:
+        check_soft_labels(train.quality_mean, train.models, cache)  # its warnings are those of the router itself
 
     start = time.perf_counter()
     fitted.fit(train, dev, seed)

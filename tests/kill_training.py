@@ -262,7 +262,7 @@ def rank_trial(out: Path, action: str, timeout: int = 10, ranks: int = 2, steps:
 
 
 def alive(pid: int) -> bool:
-    from routewright.trainer import process_state
+    from routewright.rank_watch import process_state
 
     return process_state(pid) not in ("", "Z", "X")
 
@@ -295,7 +295,7 @@ def main() -> None:
 
 def be_a_rank(given: argparse.Namespace) -> None:
     from routewright.errors import PartialRun, UserError
-    from routewright.trainer import guard_process
+    from routewright.rank_watch import guard_process
 
     guard_process()
     out = given.rank_of

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from conftest import minilm_folder
+from planted import minilm_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import make_outcomes, make_table, two_model_pool
+from planted import make_outcomes, make_table, two_model_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +19,8 @@ from routewright import metrics
 from routewright.decide import expected_cost
 from routewright.errors import UserError
 from routewright.evaluation import _warnings, evaluate, make_views, read_entries
-from routewright.outcomes import write_outcomes
+from routewright.outcomes import OutcomeTable, write_outcomes
+from routewright.prompts import seed_splits
 from routewright.reward import Reward
 from routewright.routers.base import make_router
 from routewright.scoring import (
@@ -150,8 +151,6 @@ def test_several_seeds_divide_anew_and_are_averaged(cache, tmp_path):
 @pytest.fixture(scope="module")
 def trained(cache, tmp_path_factory):
     """A router folder trained on the train split, and one that has seen the test prompts."""
-    from routewright.outcomes import OutcomeTable
-
     table = OutcomeTable.load(cache)
     folder = tmp_path_factory.mktemp("trained")
     honest = make_router("linear", name="honest", l2=0.003).fit(table.split("train"), table.split("dev"), 0)
@@ -200,6 +199,66 @@ def test_folders_keep_the_recorded_splits_while_others_are_fitted_per_seed(cache
     assert "task table" in results["routers"]["folder"]["points"]["balanced"]["controls"]
 
 
+# ---------------------------------------------------------------- a router folder per seed
+
+@pytest.fixture(scope="module")
+def seeded(cache, tmp_path_factory):
+    """Folders mine-0 and mine-1, each trained on its seed's train split."""
+    table = OutcomeTable.load(cache)
+    folder = tmp_path_factory.mktemp("seeded")
+    for seed in (0, 1):
+        own = table.with_splits(seed_splits(table.prompts, seed))
+        make_router("linear", name="mine", l2=0.003).fit(own.split("train"), own.split("dev"), seed).save(
+            folder / f"mine-{seed}")
+    return folder
+
+
+def test_a_folder_per_seed_is_scored_on_its_own_division(cache, seeded, tmp_path):
+    path = str(seeded / "mine-{seed}")
+    routers = write_routers(tmp_path / "r.yaml", {"name": "folders", "path": path}, {**LINEAR, "name": "same"})
+    results = evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=[0, 1], **QUICK)
+    assert results["routers"]["folders"]["views"] == ["seed 0", "seed 1"] and not results["overlaps"]
+    assert results["routers"]["folders"]["facts"]["source"] == path
+    # Fitting on the same division gives the same router, so each folder met the division it was trained for.
+    for point in ("balanced", "parity"):
+        mine, same = (results["routers"][n]["points"][point] for n in ("folders", "same"))
+        assert mine["quality"] == same["quality"] and mine["cost_per_1k"] == same["cost_per_1k"]
+
+
+def test_one_seed_with_a_folder_per_seed_divides_anew(cache, seeded, tmp_path):
+    routers = write_routers(tmp_path / "r.yaml", {"name": "folders", "path": str(seeded / "mine-{seed}")})
+    results = evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=1, **QUICK)
+    assert [v["name"] for v in results["views"]] == ["seed 0"]
+    assert results["routers"]["length"]["views"] == results["routers"]["folders"]["views"] == ["seed 0"]
+
+
+def test_a_folder_per_seed_beside_one_of_the_recorded_splits(cache, seeded, trained, tmp_path):
+    routers = write_routers(tmp_path / "r.yaml", {"name": "folders", "path": str(seeded / "mine-{seed}")},
+                            {"name": "one", "path": str(trained / "honest")})
+    results = evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=2, **QUICK)
+    assert results["routers"]["one"]["views"] == ["recorded"]
+    assert results["routers"]["folders"]["views"] == ["seed 0", "seed 1"]
+    assert not results["overlaps"]
+
+
+def test_a_missing_folder_of_one_seed_is_refused(cache, seeded, tmp_path):
+    routers = write_routers(tmp_path / "r.yaml", {"name": "folders", "path": str(seeded / "mine-{seed}")})
+    with pytest.raises(UserError, match=r"r\.yaml: routers\[0\]: path: .*mine-2: no such router folder.*'mine-"):
+        evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=3, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_other_seeds_are_refused_or_reported(cache, seeded, tmp_path):
+    (tmp_path / "mine-0").symlink_to(seeded / "mine-1")
+    (tmp_path / "mine-1").symlink_to(seeded / "mine-1")
+    routers = write_routers(tmp_path / "r.yaml", {"name": "swapped", "path": str(tmp_path / "mine-{seed}")})
+    with pytest.raises(UserError, match=r"routers\[0\]: router 'swapped' was trained on .* test prompts of seed 0"):
+        evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=2, **QUICK)
+    results = evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=2, allow_overlap=True,
+                       **QUICK)
+    assert len(results["overlaps"]) == 1 and "seed 0" in results["overlaps"][0]["note"]
+
+
 # ---------------------------------------------------------------- refusals
 
 @pytest.mark.parametrize(("text", "said"), [
@@ -215,6 +274,7 @@ def test_folders_keep_the_recorded_splits_while_others_are_fitted_per_seed(cache
     ("routers: [{kind: always}]", "only controls are named"),
     ("routers: [{kind: knn, router_type: knn}]", "keep one"),
     ("routers: [{kind: knn, name: a/b}]", "the name 'a/b' must be"),
+    ("routers: [{kind: knn, name: oracle}]", r"routers\[0\]: the name 'oracle' is that of a row of every report"),
 ])
 def test_a_mistake_in_the_file_names_file_and_entry(cache, tmp_path, text, said):
     (tmp_path / "r.yaml").write_text(text)
@@ -232,6 +292,11 @@ def test_a_mistake_in_the_file_names_file_and_entry(cache, tmp_path, text, said)
     ({"test_split": "tset"}, "no prompts in split 'tset'"), ({"dev_split": "test"}, "also a train or dev split"),
     ({"routers": None}, "no router is named"), ({"models": ["cheap"]}, "nothing to route"),
     ({"models": ["chaep"]}, "did you mean 'cheap'"), ({"wandb": "maybe"}, "wandb mode"),
+    ({"seeds": 2, "dev_split": "train", "test_split": "dev"}, "divide the prompts anew"),
+    ({"router_type": "linear"}, "--router_type, --router_model_path: the name 'linear' stands twice"),
+    ({"router_model_path": "nowhere"}, "--router_model_path: path: nowhere: no such router folder"),
+    ({"routers": "configs/nowhere.yaml"}, "configs/nowhere.yaml: no such file"),
+    ({"cache": "data/nowhere"}, "data/nowhere"), ({"pool": "configs/pools/nowhere.yaml"}, "nowhere.yaml: no such file"),
 ])
 def test_a_wrong_option_is_refused(cache, tmp_path, options, said):
     routers = write_routers(tmp_path / "r.yaml", LINEAR)
@@ -255,6 +320,14 @@ def test_prompts_in_two_splits_are_refused(tmp_path):
     cache = write_cache(tmp_path / "cache", doubled)
     with pytest.raises(UserError, match="stand in the train and dev splits too"):
         evaluate(cache=str(cache), router_type="linear", output_dir=str(tmp_path / "out"), **QUICK)
+
+
+def test_a_tiny_cache_over_many_seeds_is_scored(tmp_path):
+    # Some resamples hold no prompt of a small test split: its means are undefined there and left out.
+    cache = write_cache(tmp_path / "cache", make_outcomes(24))
+    results = evaluate(cache=str(cache), router_type="linear", output_dir=str(tmp_path / "out"), seeds=6, **QUICK)
+    assert results["routers"]["linear"]["points"]["balanced"]["quality"]["lo"] is not None
+    assert any("test prompts: intervals are wide" in w for w in results["warnings"])
 
 
 def replace_outcome(outcome, **changes):
@@ -333,19 +406,103 @@ def test_hull_with_tied_points(points):
 def test_board_means_are_those_of_the_resamples():
     views = [View("a", 0, np.array([0]), np.array([1]), np.array([2, 4, 6, 8])),
              View("b", 1, np.array([0]), np.array([1]), np.array([3, 4, 5, 8]))]
-    board = Board(views, Rules(Reward(), n_resamples=30))
+    board = Board(views, Rules(Reward(), n_resamples=30), range(9))
     values = np.array([1.0, 0.0, 0.5, 0.25])
     mask = board.mask(1, np.array([True, False, True, True]))
     handles = [board.add(0, values), board.add(1, values, mask)]
     board.solve()
     counts = np.concatenate([c for _, _, c in board.resampler.counts()], axis=1).astype(float)
-    rows = {row: i for i, row in enumerate(board.rows.tolist())}
+    rows = {row: i for i, row in enumerate((2, 3, 4, 5, 6, 8))}
     weights = [counts[:, [rows[r] for r in view.test]] for view in views]
     with np.errstate(invalid="ignore"):
         np.testing.assert_allclose(board[handles[0]][1:], weights[0] @ values / weights[0].sum(axis=1))
         kept = weights[1] * np.array([1, 0, 1, 1])
         np.testing.assert_allclose(board[handles[1]][1:], kept @ values / kept.sum(axis=1))
     assert board[handles[0]][0] == values.mean()
+
+
+def test_near_duplicates_are_drawn_together():
+    view = View("a", 0, np.array([0]), np.array([1]), np.arange(2, 8))
+    one = Board([view], Rules(Reward(), n_resamples=40), ["", "", "a", "b", "a", "c", "b", "c"])
+    values = np.array([1.0, 0.5, 0.0, 0.25, 0.75, 1.0])
+    handle = one.add(0, values)
+    one.solve()
+    assert one.resampler.n == 3
+    counts = np.concatenate([c for _, _, c in one.resampler.counts()], axis=1).astype(float)
+    groups = counts @ np.array([1.0 + 0.0, 0.5 + 0.75, 0.25 + 1.0]) / 6  # three groups of two: the size is always six
+    np.testing.assert_allclose(one[handle][1:], groups)
+    assert one[handle][0] == values.mean()
+
+
+def fixed_contestant(view, dev, test, name="fixed"):
+    """A contestant with the given decisions and no settings."""
+    half = np.full((len(dev), 2), 0.5), np.full((len(test), 2), 0.5)
+    return Contestant(name, "test", False, {0: Estimates(np.arange(2), *half, np.zeros(len(dev)), np.zeros(len(test)),
+                                                         dev, test)})
+
+
+def hand_table(small, quality, cost):
+    """The first rows of a table with other outcomes; every row is train and dev and test."""
+    table, _ = small
+    n = len(quality)
+    part = table.rows(np.arange(n))
+    prompts = [replace(p, task="t", group="") for p in part.prompts]
+    rows = np.arange(n)
+    return replace(part, prompts=prompts, quality=np.array(quality, float), cost=np.array(cost, float),
+                   quality_mean=np.array(quality, float)), View("hand", 0, rows, rows, rows)
+
+
+def test_a_case_worked_by_hand(small):
+    # Cheap (1 USD) is right on two of four prompts, strong (3 USD) on three; on the third prompt none is.
+    table, view = hand_table(small, [[1, 1], [1, 1], [0, 0], [0, 1]], [[1, 3]] * 4)
+    perfect = np.array([0, 0, 0, 1])  # quality .75 for 1.5 USD
+    rules = Rules(Reward("linear", cost_weight=0.1), n_resamples=20)
+    found = compare(table, [view], [fixed_contestant(view, perfect, perfect)], rules).results
+    router, point = found["routers"]["fixed"], found["routers"]["fixed"]["points"]["balanced"]
+    assert point["quality"]["value"] == 0.75 and point["cost_per_1k"]["value"] == 1500.0
+    assert point["reward"]["value"] == pytest.approx(0.6) and point["regret"]["value"] == pytest.approx(0.0)
+    # The mix that costs 1.5 has a quarter strong calls: quality .5 + .25 * .25 = .5625.
+    assert point["versus_mix"]["value"] == pytest.approx(0.1875) and point["mix_quality"] == pytest.approx(0.5625)
+    assert point["cost_ratio"]["value"] == pytest.approx(0.5)
+    assert point["controls"]["shuffled"]["quality"] == pytest.approx(0.5625)
+    assert point["controls"]["fixed split"]["quality"] == pytest.approx(0.5625)
+    # Curves over 1..3 USD. Mix: from .5 to .75, mean .625. Router: up to .75 at 1.5 and flat, mean .71875.
+    assert found["mix"]["aiq"]["value"] == pytest.approx(0.625)
+    assert router["aiq"]["value"] == pytest.approx(0.71875, abs=2e-4)  # the grid cuts the corner at 1.5 a little
+    assert found["oracle"]["quality"]["value"] == 0.75 and found["oracle"]["cost_per_1k"]["value"] == 1500.0
+    wrong = np.array([1, 1, 1, 0])  # quality .5 for 2.5 USD: reward .25 against .6
+    lost = compare(table, [view], [fixed_contestant(view, wrong, wrong)], rules).results["routers"]["fixed"]
+    assert lost["points"]["balanced"]["regret"]["value"] == pytest.approx(0.35)
+
+
+def test_a_handful_of_lucky_prompts_is_no_gain(small):
+    # Four of 200 prompts go to the cheap model, which is right on eight in ten anyway, and happens to be on these.
+    random = np.random.default_rng(0)
+    quality = np.stack([random.random(200) < 0.8, random.random(200) < 0.9], axis=1).astype(float)
+    lucky = np.flatnonzero(quality.all(axis=1))[:4]
+    table, view = hand_table(small, quality, [[1.0, 15.0]] * 200)
+    picks = np.ones(200, int)
+    picks[lucky] = 0
+    said = compare(table, [view], [fixed_contestant(view, picks, picks)], Rules(Reward(), n_resamples=200)).results
+    router = said["routers"]["fixed"]
+    for judged in (router["points"]["balanced"]["versus_mix"], router["aiq_versus_mix"],
+                   router["points"]["balanced"]["controls"]["shuffled"]):
+        assert judged["value"] > 0 and judged["verdict"] == "ties"
+
+
+@pytest.mark.parametrize("moved", [4, 100])
+def test_a_router_that_reads_nothing_seldom_beats_the_mix(small, moved):
+    beats = 0
+    for seed in range(150):
+        random = np.random.default_rng([seed, moved])
+        quality = np.stack([random.random(200) < 0.7, random.random(200) < 0.9], axis=1).astype(float)
+        table, view = hand_table(small, quality, [[1.0, 15.0]] * 200)
+        picks = np.ones(200, int)
+        picks[random.choice(200, moved, replace=False)] = 0
+        rules = Rules(Reward(), n_resamples=200, seed=seed)
+        found = compare(table, [view], [fixed_contestant(view, picks, picks)], rules).results["routers"]["fixed"]
+        beats += found["verdict"] == "beats"
+    assert beats <= 9  # 2.5 % of 150 are 3.75; more than 9 come up in less than 1 % of such tests
 
 
 def planted_contestant(table, view, noise=0.1, name="planted"):
@@ -371,7 +528,7 @@ def test_the_matched_difference_is_the_plain_bootstrap(small):
     found = compare(table, [view], [contestant], rules)
     run, test = found.swept["planted", 0], table.rows(view.test)
     rows, picks = np.arange(test.n), run.decisions[run.chosen["balanced"]]
-    board = Board([view], rules)
+    board = Board([view], rules, range(table.n))
     counts = np.concatenate([c for _, _, c in board.resampler.counts()], axis=1).astype(float)
     samples = []
     for weights in [np.ones(test.n), *counts]:
@@ -380,7 +537,10 @@ def test_the_matched_difference_is_the_plain_bootstrap(small):
         samples.append(mine[0] - metrics.mix_quality(mine[1], weights @ test.cost, weights @ test.quality))
     said = found.results["routers"]["planted"]["points"]["balanced"]["versus_mix"]
     assert said["value"] == pytest.approx(samples[0], abs=1e-12)
-    np.testing.assert_allclose([said["lo"], said["hi"]], np.quantile(samples[1:], [0.025, 0.975]), atol=1e-9)
+    lo, hi = np.quantile(samples[1:], [0.025, 0.975])
+    reach = 1.959963984540054 * metrics.chance_sd(test.quality, np.eye(2)[picks])
+    np.testing.assert_allclose([said["lo"], said["hi"]], [min(lo, samples[0] - reach), max(hi, samples[0] + reach)],
+                               atol=1e-9)
 
 
 def test_areas_are_those_of_the_ruler(small):
@@ -407,6 +567,19 @@ def test_settings_are_chosen_on_dev(small):
     other = replace(test, quality=1 - test.quality)
     again = sweep_settings(train, dev, other, est, rules)
     assert again.chosen == run.chosen and (again.frontier == run.frontier).all()
+
+
+def test_decisions_know_nothing_that_only_the_answer_tells(small):
+    table, view = small
+    train, dev, test = (table.rows(r) for r in (view.train, view.dev, view.test))
+    est, rules = planted_contestant(table, view).estimates[0], Rules(Reward("linear", cost_weight=3000.0))
+    random = np.random.default_rng(0)
+    other = replace(test, output_tokens=random.integers(1, 9999, test.output_tokens.shape),
+                    cost=random.random(test.cost.shape), latency=random.random(test.cost.shape),
+                    quality=1 - test.quality, quality_mean=1 - test.quality_mean)
+    runs = [sweep_settings(train, dev, part, est, rules) for part in (test, other)]
+    assert (runs[0].decisions == runs[1].decisions).all() and runs[0].chosen == runs[1].chosen
+    assert (expected_cost(train, test) == expected_cost(train, other)).all()
 
 
 def test_at_the_indifference_weight_both_ends_earn_the_same(small):

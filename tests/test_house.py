@@ -15,7 +15,8 @@ FLOORS = {
     2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates", "decide",
         "importing", "charts", "report", "launch", "scoring"},
     3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation", "router_data",
-        "tiny_deberta", "base_models", "torchrun"},
+        "tiny_deberta", "base_models", "torchrun",
+        "rank_watch"},
 }
 MAY_IMPORT = {
     1: {"numpy"},

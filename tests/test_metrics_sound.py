@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -147,6 +149,15 @@ class TestOracle:
 
     def test_the_oracle_pays_where_nobody_is_right(self):
         assert metrics.oracle([[0, 0, 0.0]], [[3, 1, 2]]).tolist() == [1]
+
+    def test_chance_is_the_spread_of_all_permutations(self):
+        random = np.random.default_rng(0)
+        quality = random.random((5, 3))
+        decision = np.array([0, 2, 2, 1, 0])
+        means = [metrics.picked(quality, decision[list(p)]).mean() for p in itertools.permutations(range(5))]
+        assert metrics.chance_sd(quality, np.eye(3)[decision]) == pytest.approx(np.std(means), abs=1e-12)
+        assert metrics.chance_sd(quality, np.eye(3)[np.zeros(5, int)]) == 0.0  # one model for all: nothing to deal out
+        assert metrics.chance_sd(quality[:1], np.eye(3)[:1]) == 0.0
 
     def test_shuffled(self):
         quality = np.array([[1, 0], [0, 1.0]])

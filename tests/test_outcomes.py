@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_outcomes, make_table, two_model_pool
+from planted import make_outcomes, make_table, two_model_pool
 from hypothesis import given
 from hypothesis import strategies as st
 

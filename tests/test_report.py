@@ -13,7 +13,7 @@ import yaml
 from test_evaluation import LINEAR, QUICK, make_outcomes, replace_outcome, write_cache, write_routers
 
 from routewright import charts, report
-from routewright.evaluation import evaluate, slug
+from routewright.evaluation import evaluate, slugs
 
 HOSTILE = '</script><script>alert("x")</script><img src=x onerror=alert(1)> {{ 7*7 }} | &amp; "quoted"'
 
@@ -153,6 +153,23 @@ def test_terminal_prints_the_headline(made, capsys):
     assert "linear" in printed and "beats" in printed and "oracle" in printed
 
 
+def test_terminal_shows_brackets_of_names_as_they_are(made, capsys):
+    results, _ = made
+    results = {**results, "warnings": ["prompt 'p1[/b]' and [red]model[/red]"],
+               "headline": {**results["headline"], "text": "[/x] wins", "detail": "over [y"}}
+    report.terminal(results)
+    printed = capsys.readouterr().out
+    for text in ("'p1[/b]'", "[red]model[/red]", "[/x] wins", "over [y"):
+        assert text in printed
+
+
+def test_the_notes_say_what_was_resampled_and_what_an_interval_stands_for(made):
+    results, folder = made
+    for text in ((folder / "leaderboard.md").read_text(), (folder / "report.html").read_text()):
+        assert "near-duplicate prompts are drawn together" in text and "not for another training" in text
+    assert results["groups_resampled"] == results["views"][0]["test"]  # no two of these prompts are alike
+
+
 # ---------------------------------------------------------------- the page
 
 def test_the_page_stands_alone(made):
@@ -228,7 +245,9 @@ def test_model_names_lose_their_folder_only_where_they_stay_distinct():
 
 
 def test_file_names_of_routers():
-    assert slug("linear + surface") == "linear-surface" and slug("../up") == "up" and slug("()") == "router"
+    assert slugs(["linear + surface", "../up", "()"]) == {"linear + surface": "linear-surface", "../up": "up",
+                                                          "()": "router"}
+    assert slugs(["a b", "a-b"]) == {"a b": "a-b", "a-b": "a-b_"}
 
 
 @pytest.mark.slow

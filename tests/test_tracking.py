@@ -74,6 +74,14 @@ def test_no_key_reaches_a_file_by_argv_config_or_environment(tmp_path, root):
     assert config["max_new_tokens"] == 5 and config["api_key"] == "***"
 
 
+def test_a_shown_command_hides_the_values_of_keys(monkeypatch):
+    monkeypatch.setenv("OTHER_API_KEY", "from-the-environment")
+    argv = ["python", "x.py", "--api_key", "one", "--hf-token=two", "--max_new_tokens", "5", "--note",
+            "from-the-environment", "--cache", "data/sample"]
+    assert tracking.masked_command(argv) == ("python x.py --api_key '***' '--hf-token=***' --max_new_tokens 5 --note "
+                                             "'***' --cache data/sample")
+
+
 @pytest.mark.parametrize(("environment", "asked", "mode"), [
     ({}, "auto", "offline"), ({"WANDB_API_KEY": "x" * 40}, "auto", "online"),
     ({"WANDB_API_KEY": "x" * 40}, "offline", "offline"),

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import make_outcomes
+from planted import make_outcomes
 
 import train_deberta as script
 from routewright import base_models
@@ -61,8 +61,8 @@ def wait_for_steps(folder, count, process):
     raise AssertionError(f"{count} steps were not seen; the run ended with {process.poll()}")
 
 
-def losses(folder):
-    return [json.loads(line)["loss"] for line in (folder / "train_log.jsonl").read_text().splitlines()]
+def losses(folder, name="loss"):
+    return [json.loads(line)[name] for line in (folder / "train_log.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +173,47 @@ def test_a_cache_gives_train_and_dev_and_never_test(cache):
     assert train.llm_ids[:2] == ["cheap", "strong"]
 
 
+def test_split_seed_divides_as_evaluation_does_and_never_reads_its_test_prompts(cache):
+    from routewright.prompts import seed_splits
+
+    prompts = OutcomeTable.load(cache).prompts
+    found = {}
+    for seed in (0, 1):
+        splits = dict(zip([p.prompt_id for p in prompts], seed_splits(prompts, seed), strict=True))
+        for form in ("pool", "pair"):
+            train, dev, source = load_examples("", "", str(cache), form, 2, 0, lambda text: None, seed)
+            assert {p.prompt_id for p in source.table.prompts} == {k for k, v in splits.items() if v == "train"}
+            assert {p.prompt_id for p in source.dev_table.prompts} == {k for k, v in splits.items() if v == "dev"}
+            test = {p.prompt for p in prompts if splits[p.prompt_id] == "test"}
+            assert test and not test & {*train.questions, *dev.questions}
+        found[seed] = splits
+    assert found[0] != found[1]
+
+
+def test_a_console_line_comes_at_least_every_so_often_with_the_time_left(monkeypatch):
+    from types import SimpleNamespace
+
+    clock = [0.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])
+    said = []
+    reporter = script.make_reporter(None, None, said.append)
+    state = SimpleNamespace(global_step=4, max_steps=104, epoch=0.1, is_world_process_zero=True)
+    reporter.on_train_begin(None, state, None)
+    for step in range(5, 25):
+        clock[0] += 7
+        state.global_step = step
+        reporter.on_step_end(None, state, SimpleNamespace(should_log=False))
+    assert len(said) == 4 and said[0] == "step 9/104  epoch 0.10  training  at most 11 min left"
+    for _ in range(20):
+        clock[0] += 7
+        reporter.on_prediction_step(None, state, None)
+    assert len(said) == 8 and "scoring the validation rows" in said[-1]
+    assert [script.span(s) for s in (59.6, 600, 8000)] == ["60 s", "10 min", "2.2 h"]
+    settings = {"output_dir": "x", "batch_size": 32, "global_batch_size": 0, "learning_rate": 1e-3, "epochs": 1,
+                "bf16": False, "seed": 1, "extra": {}}
+    assert [script.training_arguments(rows=n, **settings).logging_steps for n in (8490, 320)] == [25, 5]
+
+
 def test_validation_metrics():
     pair = script.Source("pair", ("m",), 2)
     logits = np.array([[2, 0], [1, 0], [0, 1], [0, .5]])
@@ -264,7 +305,11 @@ def test_a_run_leaves_a_router_folder_and_named_epochs(pair_run):
     assert resolved["model_name"] == "tiny" and resolved["learning_rate"] == 2e-3 and resolved["epochs"] == 2
     assert {"loss", "accuracy", "auroc"} <= json.loads((out / "dev_scores.json").read_text()).keys()
     assert "dev auroc" in done.stderr and "Traceback" not in done.stderr
-    assert list((out / "wandb").glob("offline-run-*")) and "wandb leet" in done.stdout
+    assert "wandb leet" in done.stdout
+    record, = (out / "wandb").glob("offline-run-*")
+    seen = subprocess.run([str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--summary", "--json",
+                           str(record)], env=environment(), capture_output=True, text=True, check=True)
+    assert {"train/loss", "train/learning_rate", "dev/loss", "dev/auroc"} <= json.loads(seen.stdout)["summary"].keys()
     assert losses(out)[-1] < losses(out)[0]
 
 
@@ -312,10 +357,15 @@ def test_running_the_same_line_again_changes_nothing_and_another_setting_is_refu
     out, _ = pair_run
     before = (out / "model.safetensors").read_bytes()
     words = ["--data", rows_file, "--model_name", "tiny", "--learning_rate", "2e-3", "--epochs", 2, "--output_dir", out]
-    assert script_run(*words).returncode == 0
+    scored = (out / "dev_scores.json").stat().st_mtime_ns
+    done = script_run(*words)
+    assert done.returncode == 0 and "nothing is left to train" in done.stdout, done.stderr
+    assert done.stderr.splitlines()[-1].startswith("this run was finished before; its router: ")
     assert (out / "model.safetensors").read_bytes() == before
-    done = script_run(*words, "--max_length", "64")
-    assert done.returncode == 2 and "max_length" in done.stderr.splitlines()[-1] and "--resume none" in done.stderr
+    assert (out / "dev_scores.json").stat().st_mtime_ns == scored
+    done = script_run(*words, "--max_length", "64", "--patience", "5")
+    assert done.returncode == 2 and "max_length: 512 then, 64 now; config patience: 2 then, 5 now" in done.stderr
+    assert "--resume none" in done.stderr.splitlines()[-1]
     assert (out / "model.safetensors").read_bytes() == before and (out / "router.json").exists()
 
 
@@ -348,6 +398,8 @@ def test_accumulation_and_two_processes_take_the_same_steps(tmp_path, still_base
     whole = losses(tmp_path / "whole")
     for name in ("halves", "ranks"):
         assert losses(tmp_path / name) == pytest.approx(whole, abs=2e-4), name
+        # Equal norms of the whole gradient are clipped equally.
+        assert losses(tmp_path / name, "grad_norm") == pytest.approx(losses(tmp_path / "whole", "grad_norm"), rel=2e-3)
     scores = [json.loads((tmp_path / n / "dev_scores.json").read_text())["loss"] for n in ("whole", "halves", "ranks")]
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-4)
 

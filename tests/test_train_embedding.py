@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import make_outcomes, make_table
+from planted import make_outcomes, make_table
 
 from routewright.outcomes import write_outcomes
 from routewright.routers import load_router

@@ -169,6 +169,32 @@ def test_evaluation_early_stopping_and_the_best_model_survive_crashes(tmp_path):
     assert early_stopping_run(tmp_path / "b") == whole
 
 
+def test_the_best_model_is_found_where_the_run_folder_went(tmp_path):
+    whole = early_stopping_run(tmp_path / "a")
+    early_stopping_run(tmp_path / "b", "step", 41)
+    (tmp_path / "b").rename(tmp_path / "c")
+    assert early_stopping_run(tmp_path / "c") == whole
+    (tmp_path / "c").rename(tmp_path / "b")
+    assert early_stopping_run(tmp_path / "b") == whole  # a finished one too
+
+
+def test_a_signal_during_a_save_lets_it_end_and_stops_after_it(tmp_path, unbroken):
+    from routewright.trainer import SafeTrainer
+
+    class Saves(SafeTrainer):
+        def _save_optimizer_and_scheduler(self, folder):
+            if self.state.global_step == 8:
+                sigterm()
+            super()._save_optimizer_and_scheduler(folder)
+
+    out = tmp_path / "run"
+    with pytest.raises(PartialRun, match="stopped by SIGTERM after step 9"):
+        kt.make(out, base=Saves).run()
+    assert [step for step, _ in ck.checkpoints(out)][-2:] == [8, 9] and not list(out.glob(".tmp-*"))
+    trainer = kt.make(out)
+    assert figures(trainer, trainer.run()) == unbroken
+
+
 def test_nothing_to_resume_says_so_and_none_keeps_the_old_ones_aside(half, capsys, unbroken):
     trainer = kt.make(half)
     assert figures(trainer, trainer.run(resume="none")) == unbroken
@@ -176,10 +202,14 @@ def test_nothing_to_resume_says_so_and_none_keeps_the_old_ones_aside(half, capsy
     assert (half / "previous-checkpoint-12").is_dir()
 
 
-def test_a_finished_run_resumes_to_its_end(half, unbroken):
-    kt.make(half).run()
+def test_a_finished_run_resumes_to_its_end(half, unbroken, capsys):
+    trainer = kt.make(half)
+    trainer.run()
+    assert not trainer.was_finished and "nothing is left" not in capsys.readouterr().out
     trainer = kt.make(half)
     assert figures(trainer, trainer.run()) == unbroken
+    assert trainer.was_finished
+    assert "checkpoint-36 (step 36 of 36) is the end of this run: nothing is left to train" in capsys.readouterr().out
 
 
 def test_a_path_resumes_from_there_and_sets_the_later_ones_aside(half, unbroken):

@@ -97,7 +97,7 @@ def frontier(results: Mapping[str, Any]) -> dict[str, Any]:
     band = ("length(data('router_picked_store')) ? vlSelectionTest('router_picked_store', datum) : "
             f"datum.router === {json.dumps(lead)}")
     tip = [_tip("cost", "cost per 1,000 (USD)", ".4~g"), _tip("quality", "quality", ".1%"),
-           _tip("interval", "95 % interval")]
+           _tip("interval", f"{100 * results['level']:g} % interval")]
     return _spec([
         {"data": {"values": [r for r in curve_rows if not r["control"]]},
          "mark": {"type": "area", "clip": True}, "encoding": {  # one band at a time: several turn into fog

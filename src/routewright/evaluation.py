@@ -5,7 +5,8 @@ are taken as trained, the others are fitted on the train split of the cache (aga
 same prompts and are scored in replay: no model is called.
 
 Files of the output folder. Byte-identical when run twice: samples.csv, results_<router>.json, comparison.json,
-leaderboard.md, decisions.parquet. Holding dates or measured seconds: provenance.json, timing.json, report.html.
+leaderboard.md, decisions.parquet (unless a router has `gpu_usd_per_hour`, which turns measured seconds into dollars).
+Holding dates or measured seconds: provenance.json, timing.json, report.html.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import io
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ from routewright.textfiles import check_keys, nearest, read_yaml, write_atomic, 
 
 CONTENT_CONTROLS = ("length", "group_table", "knn")  # set beside every router, named in the file or not
 CLOSED_FORM = ("always", "random_mix", "fixed_split", "shuffled", "oracle")  # computed for everybody, exactly
+RESERVED = ("oracle", "shuffled", "fixed split", "best random mix")  # rows of every report
 NEAR_CHECK_LIMIT = 20_000  # prompts up to which near-duplicates across splits are looked for; exact ones always are
 MANY_EXAMPLES, FEW_EXAMPLES = 20, 5
 MOST_ANSWERS = 6  # shown beside an example; a pool may have dozens of models
@@ -80,6 +82,7 @@ def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_
     if not entries:
         raise UserError("no router is named; use --routers configs/routers/quickstart.yaml or --router_type and "
                         "--router_model_path")
+    _check_names(entries)
     notes: list[str] = []
     entries = _complete(entries)
     table = OutcomeTable.load(cache, pool, models)
@@ -135,19 +138,24 @@ def read_entries(file: str | Path) -> list[Entry]:
     check_keys(raw, ("routers",), ("description",), str(file))
     if not isinstance(raw["routers"], list) or not raw["routers"]:
         raise UserError(f"{file}: `routers` must be a list with at least one entry such as {{name: knn, kind: knn}}")
-    entries: list[Entry] = []
-    for i, given in enumerate(raw["routers"]):
-        entry = _entry(given, f"{file}: routers[{i}]")
-        if any(entry.name == other.name for other in entries):
+    return [_entry(given, f"{file}: routers[{i}]") for i, given in enumerate(raw["routers"])]
+
+
+def _check_names(entries: Sequence[Entry]) -> None:
+    taken: set[str] = set()
+    for entry in entries:
+        if entry.name in taken:
             raise UserError(f"{entry.where}: the name {entry.name!r} stands twice; give each router its own `name`")
-        entries.append(entry)
-    return entries
+        if entry.name in RESERVED:
+            raise UserError(f"{entry.where}: the name {entry.name!r} is that of a row of every report; give the router "
+                            "another `name`")
+        taken.add(entry.name)
 
 
 def entry_from_flags(router_type: str | None, router_model_path: str | None) -> Entry:
     """The router of --router_type and --router_model_path."""
     options = {"kind": router_type, "path": router_model_path}
-    return _entry({k: v for k, v in options.items() if v}, "--router_type")
+    return _entry({k: v for k, v in options.items() if v}, "--router_type, --router_model_path")
 
 
 def _entry(given: Any, where: str) -> Entry:
@@ -216,10 +224,8 @@ def _make(entry: Entry, seed: int) -> Any:
     """The router of an entry, loaded or unfitted. `seed` picks the folder where there is one per seed."""
     from routewright.routers.base import CARD, load_router, make_router, router_class
 
-    if entry.per_seed:
-        return _make(entry.for_seed(seed), seed)
-
-    options = {k: v for k, v in entry.options.items() if k != "name"} | {"name": entry.name}
+    own = entry.for_seed(seed) if entry.per_seed else entry
+    options = {**own.options, "name": entry.name}
     kind, path = options.pop("kind", None), options.get("path")
     try:
         if path and (kind is None or (Path(path) / CARD).is_file()):
@@ -253,6 +259,9 @@ def make_views(table: OutcomeTable, seeds: int | Sequence[int], splits: tuple[st
     for entry in entries:
         for seed in numbers if entry.per_seed else ():
             _need_folder(entry.for_seed(seed).path, entry.where)
+    if anew and not folders and splits != ("train", "dev", "test"):
+        raise UserError("--train_split, --dev_split and --test_split name recorded splits, but several seeds (and a "
+                        "router folder per seed) divide the prompts anew; drop one of the two")
     views: list[View] = []
     if has_recorded and (not anew or folders):
         views.append(_view("recorded", numbers[0], table, [p.split for p in table.prompts], splits))
@@ -312,15 +321,14 @@ def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -
 def _check_trained(table: OutcomeTable, views: Sequence[View], recorded: int | None, made: Sequence[tuple[Entry, Any]],
                    allow: bool) -> list[dict[str, Any]]:
     """Refuse routers that were trained on test prompts, or note the overlap where that was allowed."""
-    found = []
+    found: list[dict[str, Any]] = []
     for entry, router in made:
         if entry.per_seed:
-            for view in views:
-                if view is not (None if recorded is None else views[recorded]):
-                    found += _overlap(table, view, entry, _make(entry, view.seed), allow)
-        elif entry.path:
-            assert recorded is not None
-            found += _overlap(table, views[recorded], entry, router, allow)
+            pairs = [(view, _make(entry, view.seed)) for i, view in enumerate(views) if i != recorded]
+        else:
+            pairs = [(views[recorded], router)] if entry.path else []
+        for view, loaded in pairs:
+            found += [said for said in _overlap(table, view, entry, loaded, allow) if said not in found]
     return found
 
 
@@ -353,7 +361,7 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
         # Routers from folders know the recorded view only, the others the seeds; controls stand beside both.
         seeds = [i for i in range(len(views)) if i != recorded or len(views) == 1]
         folder = entry.path and not entry.per_seed
-        own = [recorded] if folder else [*range(len(views))] if entry.is_control else seeds
+        own = [recorded] if folder else [*range(len(views))] if entry.is_control and not entry.per_seed else seeds
         found, fit_s, per_prompt = {}, 0.0, []
         for turn, i in enumerate(own):
             view = views[i]
@@ -444,8 +452,7 @@ def _warnings(results: Mapping[str, Any], table: OutcomeTable) -> list[str]:
             continue
         point = router["points"]["balanced"]
         largest = max(point["shares"], key=lambda m: point["shares"][m] or 0.0)
-        if max(max(s) for s in router["settings"]["shares"]) >= 0.98 and \
-                min(max(s) for s in router["settings"]["shares"]) >= 0.98:
+        if min(max(s) for s in router["settings"]["shares"]) >= 0.98:
             said.append(f"{name} sends at least 98 % of the prompts to one model at every setting: it is a constant in "
                         "disguise")
         elif point["largest_share"] >= 0.98:
@@ -523,12 +530,9 @@ def _short(text: str) -> str:
 
 
 def _provenance(cache: str, table: OutcomeTable, comparison: Comparison) -> dict[str, Any]:
-    import shlex
-
     from routewright.routers.base import versions
-    from routewright.tracking import masked
 
-    return {"command": masked(shlex.join(["python", *sys.argv])),
+    return {"command": tracking.masked_command(["python", *sys.argv]),
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "git": _git_commit(), "versions": versions(), "cache": str(cache), "cache_fingerprint": table.fingerprint,
             "pool": table.pool.name, "prices_dated": table.pool.prices_dated, "views": comparison.results["views"]}
@@ -551,9 +555,15 @@ def _git_commit() -> str:
 
 # ---------------------------------------------------------------- files
 
-def slug(name: str) -> str:
-    """A router's name as part of a file name."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "router"
+def slugs(names: Iterable[str]) -> dict[str, str]:
+    """Router -> its name as part of a file name, distinct for each."""
+    found: dict[str, str] = {}
+    for name in names:
+        mark = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "router"
+        while mark in found.values():
+            mark += "_"
+        found[name] = mark
+    return found
 
 
 def _write(folder: Path, table: OutcomeTable, views: Sequence[View], comparison: Comparison, timing: dict[str, Any],
@@ -566,13 +576,9 @@ def _write(folder: Path, table: OutcomeTable, views: Sequence[View], comparison:
         stale.unlink()
     write_atomic(folder / "samples.csv", _samples_csv(table, views))
     _write_decisions(folder / "decisions.parquet", comparison.decisions)
-    taken: set[str] = set()
-    for name, router in results["routers"].items():
-        mark = slug(name)
-        while mark in taken:
-            mark += "_"
-        taken.add(mark)
-        write_json(folder / f"results_{mark}.json", {"name": name, **router, "examples": examples.get(name)})
+    for name, mark in slugs(results["routers"]).items():
+        write_json(folder / f"results_{mark}.json",
+                   {"name": name, **results["routers"][name], "examples": examples.get(name)})
     write_json(folder / "timing.json", timing)
     write_json(folder / "provenance.json", provenance)
     write_json(folder / "comparison.json", results)
@@ -616,8 +622,8 @@ def _track(folder: Path, results: Mapping[str, Any], mode: str, project: str, pl
               "n_resamples": results["n_resamples"], "level": results["level"]}
     with tracking.start(project, f"evaluate {folder.name}", folder, config, mode=mode, job_type="evaluate",
                         tags=["evaluation"]) as run:
-        for name, router in results["routers"].items():
-            mark = slug(name)
+        for name, mark in slugs(results["routers"]).items():
+            router = results["routers"][name]
             run.define(f"frontier/{mark}/*", step=f"frontier/{mark}/cost_per_1k")
             settings = router["settings"]
             for place in settings["frontier"]:

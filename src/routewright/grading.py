@@ -28,7 +28,7 @@ import sys
 import threading
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -170,11 +170,14 @@ def _closing(text: str, start: int) -> int:
     return -1
 
 
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    found = deque(pattern.finditer(text), maxlen=1)
+    return found[0] if found else None
+
+
 def _after_marker(text: str) -> str | None:
     """What follows the last 'answer is', 'answer:' or '####': the rest of its line, or the next that is not empty."""
-    found = None
-    for found in _ANSWER.finditer(text):
-        pass
+    found = _last(_ANSWER, text)
     if found is None:
         return None
     lines = [line for line in text[found.end():].split("\n") if line.strip(" *_`$:\t\r")]
@@ -327,9 +330,7 @@ def final_number(response: str) -> Fraction | None:
         first = _IN_TEXT.search(stated)
         if first:
             return None if _SECOND.match(stated[first.end():]) else read_number(first[0])
-    last = None
-    for last in _IN_TEXT.finditer(response):
-        pass
+    last = _last(_IN_TEXT, response)
     # "41 or 42" and a bare list of numbers are guesses. (1 1/2 looks like a list too, and is read first.)
     if last is None or _OR_BEFORE.search(response[max(0, last.start() - 20):last.start()]):
         return None

@@ -25,11 +25,20 @@ from typing import Any
 
 from routewright.errors import UserError
 from routewright.grading import GRADERS, grade
-from routewright.outcomes import SPLITS, fingerprint, read_outcomes, write_outcomes
+from routewright.outcomes import MOST_TOKENS, SPLITS, fingerprint, read_outcomes, write_outcomes
 from routewright.pool import Pool, estimate_tokens
-from routewright.prompts import assign_splits, check_text, group_near_duplicates
+from routewright.prompts import assign_splits, check_straddle, check_text, group_prompts
 from routewright.schema import Outcome, TokenUsage
-from routewright.textfiles import nearest, need_file, open_text, parse_row, read_jsonl, write_atomic, write_json
+from routewright.textfiles import (
+    DAMAGED_GZIP,
+    nearest,
+    need_file,
+    open_text,
+    parse_row,
+    read_jsonl,
+    write_atomic,
+    write_json,
+)
 
 CACHE_FILE = "outcomes.jsonl.gz"
 LENGTH_OF_UNKNOWN = 1  # output tokens where neither tokens, nor text, nor a length was recorded: one letter
@@ -72,7 +81,15 @@ def _json_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]
         return
     number = 0
     with open_text(path) as reader:
-        for number, raw in enumerate(reader.buffer, 1):
+        lines = enumerate(reader.buffer, 1)
+        while True:
+            try:
+                number, raw = next(lines, (number, None))
+            except DAMAGED_GZIP as error:
+                raise UserError(f"{path}:{number + 1}: the gzip file is damaged or cut short ({error}); "
+                                "fetch or write it again") from None
+            if raw is None:
+                break
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
@@ -116,6 +133,9 @@ def _csv_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}:{start}: not valid UTF-8 ({error.reason} at byte {error.start}); "
                             "re-save the file as UTF-8") from None
+        except DAMAGED_GZIP as error:
+            raise UserError(f"{path}:{start}: the gzip file is damaged or cut short ({error}); "
+                            "fetch or write it again") from None
 
 
 def _is_csv(path: Path) -> bool:
@@ -141,7 +161,7 @@ def _quality(value: Any, where: str, quality_max: float = 1.0) -> float:
 def _count(value: Any, where: str, name: str) -> int | None:
     """A recorded number of tokens or characters; None where nothing is recorded."""
     number = _amount(value, where, name)
-    if number is not None and number != int(number):
+    if number is not None and (number != int(number) or number >= MOST_TOKENS):
         raise UserError(f"{where}: {name} must be a whole number; got {value!r}")
     return None if number is None else int(number)
 
@@ -524,12 +544,13 @@ def finish(outcomes: Sequence[Outcome], pool: Pool, notes: Notes, models: Sequen
         if (other.prompt, other.context) != (outcome.prompt, outcome.context):
             raise UserError(f"prompt_id {outcome.prompt_id!r} stands for two different prompts ({other.prompt[:40]!r} "
                             f"and {outcome.prompt[:40]!r}); ids must be unique")
-    named = dict(zip(first, _groups(list(first.values()), threshold), strict=True))
+    asked = [replace(o.as_prompt, group=o.group) for o in first.values()]
+    named = dict(zip(first, group_prompts(asked, threshold), strict=True))
     if splits == "hash":
         chosen = dict(zip(first, assign_splits(list(named.values()), fractions, salt), strict=True))
     else:
         chosen = {key: o.split for key, o in first.items()}
-        _check_straddle(named, chosen)
+        check_straddle(named, chosen, "the recorded splits leak", "--splits hash assigns clean ones")
     done = [replace(o, group=named[o.prompt_id], split=chosen[o.prompt_id]) for o in outcomes]
     return sorted(done, key=lambda o: (place[o.prompt_id], order[o.model_name], o.sample))
 
@@ -564,34 +585,6 @@ def _complete(outcomes: list[Outcome], models: Sequence[str], missing: str, note
         what = "no prompt" if missing == "drop_prompt" else "no model"
         raise UserError(f"--missing {missing} leaves nothing: {what} is complete")
     return left
-
-
-def _groups(prompts: Sequence[Outcome], threshold: float) -> list[str]:
-    """A group id per prompt: near-duplicates together, and whatever the source ties (its own group, a paragraph)."""
-    near = group_near_duplicates([f"{o.prompt}\n{o.context}" if o.context else o.prompt for o in prompts], threshold)
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            key = parent[key]
-        return key
-
-    for outcome, group in zip(prompts, near, strict=True):
-        if outcome.group:
-            a, b = root(f"source {outcome.group}"), root(group)
-            parent[max(a, b)] = min(a, b)  # hexadecimal ids sort before "source", so the root is always a content hash
-    return [root(group) for group in near]
-
-
-def _check_straddle(groups: Mapping[str, str], splits: Mapping[str, str]) -> None:
-    seen: dict[str, str] = {}
-    straddling = [key for key, group in groups.items() if splits[seen.setdefault(group, key)] != splits[key]]
-    if straddling:
-        key = straddling[0]
-        other = seen[groups[key]]
-        raise UserError(f"the recorded splits leak: {len(straddling)} prompts have a near-duplicate in another split "
-                        f"(first: {key!r} in {splits[key] or 'no split'}, {other!r} in {splits[other] or 'no split'}); "
-                        "--splits hash assigns clean ones")
 
 
 # ---------------------------------------------------------------- write

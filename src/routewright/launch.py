@@ -290,7 +290,7 @@ def _through_fire(checked: list[str]) -> dict[str, str]:
         return _Plan(flags)
 
     # A dot in a flag is no Python name for Fire's help machinery, but it is a plain key for its parser.
-    plan = fire.Fire(collect, command=checked, serialize=lambda _: "")
+    plan = fire.Fire(collect, command=checked, serialize=lambda _: [])
     return plan._flags
 
 

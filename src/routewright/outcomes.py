@@ -24,6 +24,7 @@ from routewright.textfiles import nearest, read_jsonl, write_atomic, write_jsonl
 
 NAMES = ("outcomes.jsonl.gz", "outcomes.jsonl", "outcomes.parquet")
 SPLITS = ("train", "dev", "test")
+MOST_TOKENS = 1 << 53  # of one call; more is no count, and would not fit an array
 _TEXT = ("prompt_id", "prompt", "model_name", "response", "task", "group", "split", "context", "finish_reason",
          "error", "grader")
 _NUMBERS = ("cost_usd", "latency_s", "logprob_mean", "logprob_min")
@@ -120,7 +121,7 @@ def _usage(raw: Any, where: str) -> TokenUsage:
         if key == "estimated":
             if not isinstance(value, bool):
                 raise UserError(f"{where}: token_usage.estimated must be true or false; got {value!r}")
-        elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 53:
+        elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < MOST_TOKENS:
             raise UserError(f"{where}: token_usage.{key} must be a whole number of tokens; got {value!r}")
     usage = TokenUsage(**raw)
     if usage.cached > usage.input:
@@ -258,8 +259,8 @@ class OutcomeTable:
         if missing:
             row, col = missing[0]
             raise UserError(f"{source}: model {models[col]!r} has no recorded answer to prompt "
-                            f"{prompts[row].prompt_id!r} ({len(missing)} of {n * m} pairs are missing); record them, or import with "
-                            "--missing drop_prompt or --missing drop_model")
+                            f"{prompts[row].prompt_id!r} ({len(missing)} of {n * m} pairs are missing); record them, "
+                            "or import with --missing drop_prompt or --missing drop_model")
 
         def array(value: Any, dtype: Any = np.float64) -> np.ndarray:
             return np.array([[value(first[row, col]) for col in range(m)] for row in range(n)], dtype=dtype)
@@ -271,7 +272,8 @@ class OutcomeTable:
             latency=array(lambda o: np.nan if o.latency_s is None else o.latency_s),
             input_tokens=array(lambda o: o.token_usage.input, np.int64),
             output_tokens=array(lambda o: o.token_usage.output + o.token_usage.reasoning, np.int64),
-            quality_mean=np.array([[np.mean(list(samples[row, col].values())) for col in range(m)] for row in range(n)]),
+            quality_mean=np.array([[np.mean(list(samples[row, col].values())) for col in range(m)]
+                                   for row in range(n)]),
             estimated=any(o.token_usage.estimated for o in first.values()),
             fingerprint=mark,
             responses=[{models[col]: first[row, col].response for col in range(m)} for row in range(n)],
@@ -360,6 +362,6 @@ def _graded(outcome: Outcome, source: str) -> float:
     if outcome.error:
         return 0.0  # a failed call is an answer of no use, never a hole in the denominator
     if outcome.quality is None:
-        raise UserError(f"{source}: the answer of {outcome.model_name!r} to prompt {outcome.prompt_id!r} is not graded; "
-                        "grade the cache first: build_cache.py --regrade")
+        raise UserError(f"{source}: the answer of {outcome.model_name!r} to prompt {outcome.prompt_id!r} is not "
+                        "graded; grade the cache first: build_cache.py --regrade")
     return outcome.quality

@@ -44,7 +44,7 @@ class Pool:
         check_keys(raw, ("name", "models"), ("prices_dated",), str(path))
         if not isinstance(raw["models"], list) or not raw["models"]:
             raise UserError(f"{path}: `models` must be a list with at least one model")
-        models = tuple(_model(entry, f"{path}: models[{i}]") for i, entry in enumerate(raw["models"]))
+        models = tuple(model_from_entry(entry, f"{path}: models[{i}]") for i, entry in enumerate(raw["models"]))
         names = [m.name for m in models]
         twice = sorted({n for n in names if names.count(n) > 1})
         if twice:
@@ -93,27 +93,38 @@ def price_per_call(model: ModelSpec, input_tokens: Any, output_tokens: Any) -> A
     return (input_tokens * model.price_input + output_tokens * model.price_output) / 1e6
 
 
-def _model(entry: Any, where: str) -> ModelSpec:
+def model_from_entry(entry: Any, where: str) -> ModelSpec:
+    """One checked model of a pool file or of a router's card. Raises UserError that starts with `where`."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected a mapping with name, price_input, price_output; got {entry!r}")
     check_keys(entry, ("name", "price_input", "price_output"), _MODEL_KEYS, where)
     entry = dict(entry)
+    if not isinstance(entry["name"], (str, int)) or not str(entry["name"]).strip():
+        raise UserError(f"{where}: name must be a text that is not empty; got {entry['name']!r}")
     entry["name"] = str(entry["name"])
+    where = f"{where} ({entry['name']})"
     for key in ("price_input", "price_output", "price_cached", "price_reasoning"):
         if entry.get(key) is None:
             continue
         value = entry[key]
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-            raise UserError(f"{where} ({entry['name']}): {key} must be USD per million tokens, 0 or more; got {value!r}")
+            raise UserError(f"{where}: {key} must be USD per million tokens, 0 or more; got {value!r}")
         entry[key] = float(value)
     for key in ("tiers", "capabilities"):
         value = entry.get(key, ())
         if isinstance(value, str):
             value = (value,)
         if not isinstance(value, Sequence):
-            raise UserError(f"{where} ({entry['name']}): {key} must be a list; got {value!r}")
+            raise UserError(f"{where}: {key} must be a list; got {value!r}")
         entry[key] = tuple(str(v) for v in value)
     unknown = [t for t in entry["tiers"] if t not in TIERS]
     if unknown:
-        raise UserError(f"{where} ({entry['name']}): tier {unknown[0]!r} is not one of {', '.join(TIERS)}")
+        raise UserError(f"{where}: tier {unknown[0]!r} is not one of {', '.join(TIERS)}")
+    for key in ("context_window", "max_output_tokens"):
+        value = entry.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{where}: {key} must be a whole number of tokens; got {value!r}")
+    for key in ("litellm_id", "path", "description"):
+        if entry.get(key) is not None and not isinstance(entry[key], str):
+            raise UserError(f"{where}: {key} must be text; got {entry[key]!r}")
     return ModelSpec(**entry)

@@ -131,6 +131,23 @@ def group_near_duplicates(texts: Sequence[str], threshold: float = THRESHOLD, sh
     return [names[root(at[key])] for key in keys]
 
 
+def group_prompts(prompts: Sequence[Prompt], threshold: float = THRESHOLD) -> list[str]:
+    """A group id per prompt: near-duplicates together, and whatever the source ties by its own `group`."""
+    near = group_near_duplicates([full_text(p) for p in prompts], threshold)
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            key = parent[key]
+        return key
+
+    for prompt, group in zip(prompts, near, strict=True):
+        if prompt.group:
+            a, b = root(f"source {prompt.group}"), root(group)
+            parent[max(a, b)] = min(a, b)  # hexadecimal ids sort before "source", so the root is always a content hash
+    return [root(group) for group in near]
+
+
 class _Shingles:
     """Shingle sets of normalised texts and their MinHash signatures, hashed for all texts at once.
 
@@ -268,6 +285,18 @@ def seed_splits(prompts: Sequence[Prompt], seed: int) -> list[str]:
     Evaluation and trainers share it, so that a router trained with a seed can be judged on that seed's test prompts.
     """
     return assign_splits([p.group or p.prompt_id for p in prompts], salt=f"seed {seed}:")
+
+
+def check_straddle(groups: Mapping[str, str], splits: Mapping[str, str], what: str, cure: str) -> None:
+    """Raise UserError where a group lies in two splits. Both map a prompt's id; `what` and `cure` frame the message."""
+    seen: dict[str, str] = {}
+    straddling = [key for key, group in groups.items() if splits[seen.setdefault(group, key)] != splits[key]]
+    if straddling:
+        key = straddling[0]
+        other = seen[groups[key]]
+        raise UserError(f"{what}: {len(straddling)} prompts have a near-duplicate in another split "
+                        f"(first: {key!r} in {splits[key] or 'no split'}, {other!r} in {splits[other] or 'no split'}); "
+                        f"{cure}")
 
 
 # ---------------------------------------------------------------- leaks

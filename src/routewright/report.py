@@ -229,14 +229,17 @@ def method_lines(results: Mapping[str, Any]) -> list[str]:
     kind = f"{len(views)} divisions of the prompts ({', '.join(v['name'] for v in views)})" if len(views) > 1 else \
         f"one division of the prompts ({views[0]['name']})"
     return [
-        f"{tests} test prompts, {kind}; {results['n_resamples']:,} paired bootstrap resamples of prompts, "
-        f"{100 * results['level']:g} % percentile intervals.",
+        f"{tests} test prompts, {kind}; {results['n_resamples']:,} paired bootstrap resamples of "
+        f"{results['groups_resampled']:,} groups (near-duplicate prompts are drawn together), "
+        f"{100 * results['level']:g} % percentile intervals. They stand for another draw of prompts, not for another "
+        "training, and run short where a handful of prompts decides.",
         f"Settings are chosen on dev and reported on test. Balanced: best dev reward, {reward_words(results)}. Parity: "
         f"the cheapest setting that reaches the dev quality of the best single model ({results['best_single']}); "
         "relative costs are against that model.",
         "Verdict: the interval of the quality difference to the best content-free control (the upper hull of the "
-        "always-one-model points) at the router's own cost. Whole curve: the same for AIQ, the mean quality over the "
-        "cost range of the pool. Costs include the router's own overhead in dollars."]
+        "always-one-model points on the test prompts) at the router's own cost. That interval is never narrower than "
+        "what the router's calls, dealt out over the prompts at random, would show. Whole curve: the same for AIQ, the "
+        "mean quality over the cost range of the pool. Costs include the router's own overhead in dollars."]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -259,6 +262,7 @@ def terminal(results: Mapping[str, Any]) -> None:
     """Print the leaderboard."""
     results = charts.in_order(results)
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console(highlight=False)
@@ -277,14 +281,14 @@ def terminal(results: Mapping[str, Any]) -> None:
     for row in rows:
         if row[0].startswith("always ") and row[0] not in shown:
             continue
-        table.add_row(*(f"[{colour[row[i]]}]{row[i]}[/]" if row[i] in colour else row[i] for i in kept))
+        table.add_row(*(f"[{colour[row[i]]}]{row[i]}[/]" if row[i] in colour else escape(row[i]) for i in kept))
     tone = {"good": "green", "mixed": "yellow", "bad": "red"}[results["headline"]["tone"]]
     console.print()
-    console.print(f"[bold {tone}]{results['headline']['text']}[/]")
+    console.print(f"[bold {tone}]{escape(results['headline']['text'])}[/]")
     if results["headline"]["detail"]:
-        console.print(results["headline"]["detail"])
+        console.print(escape(results["headline"]["detail"]))
     for warning in _warnings(results):
-        console.print(f"[yellow]note:[/] {warning}")
+        console.print(f"[yellow]note:[/] {escape(warning)}")
     console.print()
     console.print(table)
     if hidden:

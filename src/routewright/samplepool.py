@@ -683,9 +683,21 @@ def alpaca_rows(outcomes: Sequence[Outcome], n: int = 200) -> list[dict[str, str
     Models count from cheapest to dearest in the order of the cache. Problems that no model got right go to the last.
     """
     names = list(dict.fromkeys(o.model_name for o in outcomes))
+    return [{"instruction": text, "response": next((name for name in names if known[name]), names[-1])}
+            for text, known in _right_by_text(outcomes, n)]
+
+
+def cobench_rows(outcomes: Sequence[Outcome], models: Sequence[str] = ("cheap", "strong"),
+                 n: int = 200) -> list[dict[str, Any]]:
+    """CoBench's training rows, {question, llm_id, label}: label 1 where that model's greedy answer was right."""
+    return [{"question": text, "llm_id": name, "label": int(known[name])}
+            for text, known in _right_by_text(outcomes, n) for name in models]
+
+
+def _right_by_text(outcomes: Sequence[Outcome], n: int) -> list[tuple[str, dict[str, bool]]]:
+    """The first `n` problems of the train split, and which model answered each right (greedy)."""
     right: dict[str, dict[str, bool]] = {}
     for outcome in outcomes:
         if outcome.sample == 0 and outcome.split == "train":
             right.setdefault(outcome.prompt, {})[outcome.model_name] = bool(outcome.is_correct)
-    return [{"instruction": text, "response": next((name for name in names if known[name]), names[-1])}
-            for text, known in list(right.items())[:n]]
+    return list(right.items())[:n]

@@ -10,9 +10,13 @@ The rules of the comparison, in one place:
 - A content-free control never reads the prompt. The best of them at a given cost is the upper concave hull of the
   always-one-model points of the test prompts themselves (which can only flatter the control).
 - Every number is a function of means over prompts, computed on the data and on the same bootstrap resamples for all,
-  so differences are paired. Arrays named `samples` are (1 + B, ...): row 0 is the data, rows 1.. are the resamples.
-- Several seeds are several divisions of the prompts (`View`). Statistics are averaged over the views; the resamples are
-  of prompts and are shared by the views.
+  so differences are paired. Resamples are of groups: near-duplicates are drawn together. Arrays named `samples` are
+  (1 + B, ...): row 0 is the data, rows 1.. are the resamples.
+- An interval against a content-free mix is never narrower than chance: the spread that the same calls would show if
+  they were dealt out over the prompts at random (`metrics.chance_sd`). Where a router moves a handful of prompts and
+  all of them go well, every resample agrees, and the percentile interval alone would call luck a gain.
+- Several seeds are several divisions of the prompts (`View`). Statistics are averaged over the views, which share the
+  resamples. Intervals stand for another draw of prompts; the deviation between seeds is reported beside them.
 
 Money is USD; costs include the router's own overhead.
 """
@@ -21,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -97,12 +102,18 @@ class Rules:
 # ---------------------------------------------------------------- resampled means
 
 class Board:
-    """Collects columns of values over test prompts, and resamples all of them at once."""
+    """Collects columns of values over test prompts, and resamples all of them at once.
 
-    def __init__(self, views: Sequence[View], rules: Rules) -> None:
-        self.rows = np.unique(np.concatenate([v.test for v in views]))
-        self.at = [np.searchsorted(self.rows, v.test) for v in views]
-        self.resampler = Resampler(len(self.rows), rules.n_resamples, rules.seed)
+    `groups` names the group of each prompt of the whole table. A resample draws groups, because prompts of one group
+    are near-duplicates and no separate evidence.
+    """
+
+    def __init__(self, views: Sequence[View], rules: Rules, groups: Sequence[Any]) -> None:
+        units: dict[Any, int] = {}
+        for row in np.unique(np.concatenate([v.test for v in views])):
+            units.setdefault(groups[row], len(units))
+        self.at = [np.array([units[groups[row]] for row in v.test]) for v in views]
+        self.resampler = Resampler(len(units), rules.n_resamples, rules.seed)
         self._tops: list[tuple[int, np.ndarray]] = []
         self._bottoms: list[tuple[int, np.ndarray]] = [(i, np.ones(len(v.test))) for i, v in enumerate(views)]
         self._pairs: list[tuple[int, int]] = []
@@ -123,9 +134,9 @@ class Board:
     def solve(self) -> None:
         """Mean of every column on the data (row 0) and on every resample."""
         columns = [*self._bottoms, *self._tops]
-        matrix = np.zeros((len(self.rows), len(columns)))
+        matrix = np.empty((self.resampler.n, len(columns)))
         for c, (view, values) in enumerate(columns):
-            matrix[self.at[view], c] = values
+            matrix[:, c] = np.bincount(self.at[view], weights=values, minlength=self.resampler.n)
         means = np.concatenate([matrix.mean(axis=0)[None], self.resampler.means(matrix)])
         bottoms, tops = means[:, :len(self._bottoms)], means[:, len(self._bottoms):]
         index = np.array([b for _, b in self._pairs])
@@ -279,7 +290,7 @@ def compare(table: OutcomeTable, views: Sequence[View], contestants: Sequence[Co
     """Score every contestant in every view it has estimates for, and set it beside the controls."""
     if table.m < 2:
         raise UserError(f"the pool has one model ({table.models[0]}), so there is nothing to route; record two or more")
-    board = Board(views, rules)
+    board = Board(views, rules, [p.group or p.prompt_id for p in table.prompts])
     splits = [(table.rows(v.train), table.rows(v.dev), table.rows(v.test)) for v in views]
     expected = [(expected_cost(train, dev), expected_cost(train, test)) for train, dev, test in splits]
     world = [_add_world(board, i, test, dev, rules) for i, (_, dev, test) in enumerate(splits)]
@@ -391,24 +402,61 @@ class _Scorer:
         return hull_quality(self.board[self.world[view]["cost"]], self.board[self.world[view]["quality"]], at)
 
     def _curve(self, name: str, view: int, at: np.ndarray) -> np.ndarray:
-        """Quality of a contestant's curve at costs (1 + B, G), from the cheapest model to its dearest setting."""
-        place, world = self.places[name, view], self.world[view]
+        """Quality of a contestant's curve at costs (1 + B, G)."""
+        return line_quality(*self._curve_points(name, view), at)
+
+    def _curve_points(self, name: str, view: int) -> tuple[np.ndarray, np.ndarray]:
+        """(cost, quality), each (1 + B, K): the cheapest model where it is cheaper, and the settings on dev's hull."""
+        place, world, run = self.places[name, view], self.world[view], self.swept[name, view]
         cost, quality = self.board[place.frontier_cost], self.board[place.frontier_quality]
-        world_cost, world_quality = self.board[world["cost"]], self.board[world["quality"]]
-        cheapest = int(world_cost[0].argmin())
-        if world_cost[0, cheapest] < cost[0].min():
-            cost = np.concatenate([world_cost[:, [cheapest]], cost], axis=1)
-            quality = np.concatenate([world_quality[:, [cheapest]], quality], axis=1)
-        return line_quality(cost, quality, at)
+        cheapest = int(world["dev_cost"].argmin())
+        if world["dev_cost"][cheapest] < run.dev_cost[run.frontier].min():
+            cost = np.column_stack([self.board[world["cost"][cheapest]], cost])
+            quality = np.column_stack([self.board[world["quality"][cheapest]], quality])
+        return cost, quality
 
     def _area(self, heights: np.ndarray) -> np.ndarray:
         """AIQ: mean height over the cost range. (1 + B, G) -> (1 + B,)."""
         return np.trapezoid(heights, self.grid, axis=1) / (self.grid[-1] - self.grid[0])
 
-    def say(self, by_view: Sequence[np.ndarray], judged: bool = False) -> dict[str, Any]:
-        """{value, lo, hi} of the mean over views, the deviation between seeds, and the verdict of a difference."""
+    def _chance(self, name: str, settings: Mapping[int, Mapping[int, float]]) -> float:
+        """`metrics.chance_sd` of the mean over views of a weighted sum of the qualities of settings.
+
+        `settings` is view -> {setting: weight}. As in the resamples, near-duplicates count as one, and a prompt that
+        stands in the test split of several views is one prompt.
+        """
+        units = self.board.resampler.n
+        calls, quality, count = np.zeros((units, self.table.m)), np.zeros((units, self.table.m)), np.zeros((units, 1))
+        for view, weights in settings.items():
+            test, run, at = self.splits[view][2], self.swept[name, view], self.board.at[view]
+            own = np.zeros(test.quality.shape)
+            for setting, weight in weights.items():
+                own[np.arange(test.n), run.decisions[setting]] += weight
+            np.add.at(calls, at, (own - own.mean(axis=0)) / (test.n * len(settings)))
+            np.add.at(quality, at, test.quality)
+            np.add.at(count, at, 1.0)
+        seen = count[:, 0] > 0
+        return metrics.chance_sd(quality[seen] / count[seen], calls[seen] * seen.sum())
+
+    def _area_weights(self, name: str, view: int) -> dict[int, float]:
+        """Setting -> its weight in the AIQ: the area is a weighted sum of the qualities along the curve."""
+        cost, _ = self._curve_points(name, view)
+        k = cost.shape[1]
+        at = np.broadcast_to(self.grid, (k, len(self.grid)))
+        weights = self._area(line_quality(np.repeat(cost[:1], k, axis=0), np.eye(k), at))
+        frontier = self.swept[name, view].frontier.tolist()
+        return dict(zip(frontier, weights[-len(frontier):].tolist(), strict=True))  # the cheapest model comes first
+
+    def say(self, by_view: Sequence[np.ndarray], judged: bool = False, chance: float = 0.0) -> dict[str, Any]:
+        """{value, lo, hi} of the mean over views, the deviation between seeds, and the verdict of a difference.
+
+        The interval reaches at least as far as that of a normal quantity with the deviation `chance`.
+        """
         samples = np.mean(by_view, axis=0)
         lo, hi = interval(samples[1:], self.rules.level)
+        if chance:
+            reach = NormalDist().inv_cdf(0.5 + self.rules.level / 2) * chance
+            lo, hi = min(lo, samples[0] - reach), max(hi, samples[0] + reach)
         said = {"value": clean(samples[0]), "lo": clean(lo), "hi": clean(hi)}
         if len(by_view) > 1:
             said["seed_sd"] = clean(np.std([s[0] for s in by_view], ddof=1))
@@ -426,6 +474,7 @@ class _Scorer:
                 "models": self._models(), "oracle": self._oracle(), "mix": self._mix(),
                 "grid": [clean(c) for c in self.grid],
                 "best_single": self._best_single(), "level": self.rules.level, "n_resamples": self.rules.n_resamples,
+                "groups_resampled": self.board.resampler.n,
                 "views": [{"name": v.name, "seed": v.seed, "train": len(v.train), "dev": len(v.dev),
                            "test": len(v.test)}
                           for v in self.views],
@@ -477,6 +526,7 @@ class _Scorer:
         band = np.mean(heights, axis=0)
         lo, hi = interval(band[1:], self.rules.level)
         points = {point: self._point(contestant, point) for point in POINTS}
+        area_chance = self._chance(contestant.name, {i: self._area_weights(contestant.name, i) for i in at})
         return {
             "kind": contestant.kind, "control": contestant.is_control, "facts": contestant.facts,
             "views": [self.views[i].name for i in at],
@@ -484,7 +534,7 @@ class _Scorer:
             "points": points,
             "aiq": self.say(areas),
             "aiq_versus_mix": self.say([a - self._area(self.hulls[i]) for a, i in zip(areas, at, strict=True)],
-                                       judged=True),
+                                       judged=True, chance=area_chance),
             "curve": {"quality": [clean(q) for q in band[0]], "lo": [clean(q) for q in lo],
                       "hi": [clean(q) for q in hi]},
             "settings": self._settings(contestant.name, at[0]),
@@ -507,19 +557,20 @@ class _Scorer:
             ratio = [c / b for c, b in zip(cost, best_cost, strict=True)]
         oracle = [self.board[self.world[i]["oracle"]["reward"]] for i in at]
         shares = [self._shares(name, i, point) for i in at]
+        chance = self._chance(name, {i: {self.swept[name, i].chosen[point]: 1.0} for i in at})
         said = {
             "quality": self.say(quality), "cost_per_1k": self.say([c * 1000 for c in cost]),
             "reward": self.say(reward), "regret": self.say([o - r for o, r in zip(oracle, reward, strict=True)]),
             "cost_ratio": self.say(ratio),
             "quality_difference": self.say([q - b for q, b in zip(quality, best_quality, strict=True)], judged=True),
-            "versus_mix": self.say([q - m for q, m in zip(quality, mix, strict=True)], judged=True),
+            "versus_mix": self.say([q - m for q, m in zip(quality, mix, strict=True)], judged=True, chance=chance),
             "dev_cost_ratio": clean(np.mean([self._dev_ratio(name, i, point) for i in at])),
             "dev_quality_difference": clean(np.mean([self._dev_gap(name, i, point) for i in at])),
             "dev_reward": clean(np.mean([self._dev_reward(name, i, point) for i in at])),
             "mix_quality": clean(np.mean([m[0] for m in mix])),
             "cost_weight": [clean(self.swept[name, i].weights[self.swept[name, i].chosen[point]]) for i in at],
             "shares": dict(zip(self.table.models, map(clean, np.mean(shares, axis=0)), strict=True)),
-            "controls": self._controls(contestant, point, quality, cost, shares),
+            "controls": self._controls(contestant, quality, cost, shares, chance),
         }
         return {**said, **self._usage(contestant, point), **self._collapse(contestant, point),
                 "arena": clean(metrics.arena_score(said["cost_per_1k"]["value"], said["quality"]["value"]))}
@@ -543,15 +594,21 @@ class _Scorer:
         picks = run.decisions[run.chosen[point]]
         return np.bincount(picks, minlength=self.table.m) / len(picks)
 
-    def _controls(self, contestant: Contestant, point: str, quality: list, cost: list, shares: list) -> dict[str, Any]:
-        """Quality of each control at this router's cost, and the paired difference router minus control."""
+    def _controls(self, contestant: Contestant, quality: list, cost: list, shares: list,
+                  chance: float) -> dict[str, Any]:
+        """Quality of each control at this router's cost, and the paired difference router minus control.
+
+        Two of them read no prompt. "shuffled": the router's own calls, dealt out at random. "fixed split": the mix of
+        models that was best on dev, in the shares that cost as much on test.
+        """
         at = contestant.views
         found: dict[str, list[np.ndarray]] = {"shuffled": [], "fixed split": []}
         for i, c, share in zip(at, cost, shares, strict=True):
             world_quality = self.board[self.world[i]["quality"]]
             found["shuffled"].append(world_quality @ share)
-            found["fixed split"].append(world_quality @ metrics.mix_weights(float(c[0]), self.world[i]["dev_cost"],
-                                                                            self.world[i]["dev_quality"]))
+            found["fixed split"].append(world_quality @ metrics.mix_weights(
+                float(c[0]), self.board[self.world[i]["cost"]][0], self.world[i]["dev_quality"]))
+        reads_nothing = set(found)
         for other in self.contestants:
             yardstick = (other.is_control or other.kind == "knn") and other.name != contestant.name
             if yardstick and all(i in other.estimates for i in at):
@@ -560,7 +617,8 @@ class _Scorer:
         said = {}
         for name, control in found.items():
             said[name] = {"quality": clean(np.mean([c[0] for c in control])),
-                          **self.say([q - c for q, c in zip(quality, control, strict=True)], judged=True)}
+                          **self.say([q - c for q, c in zip(quality, control, strict=True)], judged=True,
+                                     chance=chance if name in reads_nothing else 0.0)}
         return said
 
     def _usage(self, contestant: Contestant, point: str) -> dict[str, Any]:
@@ -699,8 +757,9 @@ def _check(board: Board, world: list[dict[str, Any]], places: Mapping) -> None:
     for (name, view), place in places.items():
         for point, handles in place.points.items():
             for key in ("quality", "reward"):
-                above = board[handles[key]] - board[world[view]["oracle"][key]]
-                assert above.max() <= 1e-9, f"{name} beats the oracle's {key} at {point} by {above.max()}"
+                best = board[world[view]["oracle"][key]]  # nan where a resample holds no prompt of a small view
+                above = board[handles[key]] - best
+                assert not (above > 1e-9 * np.maximum(1.0, np.abs(best))).any(), f"{name} beats the oracle's {key}"
 
 
 def clean(value: Any) -> float | None:

@@ -212,8 +212,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
         packed = gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0) if str(path).endswith(".gz") else None
         target = packed or file
         for row in rows:
-            # Half of a surrogate pair, as cut answers hold, is written as the \\ud83d it was read from.
-            target.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8", "backslashreplace"))
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            # Half of a surrogate pair, as cut answers hold, goes back to the escape it was read from.
+            target.write(line.encode("utf-8", "backslashreplace"))
         if packed:
             packed.close()
 

@@ -22,7 +22,7 @@ from typing import Any
 from routewright.errors import UserError
 
 MODES = ("auto", "online", "offline", "off")
-_SECRET_NAME = re.compile(r"(^|[_.-])(api_?keys?|secret|password|passwd|credentials?|(hf|access|auth|bearer)_?token)"
+_SECRET_NAME = re.compile(r"(^|[_.-])(api[_-]?keys?|secret|password|passwd|credentials?|(hf|access|auth|bearer)[_-]?token)"
                           r"($|[_.-])", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
@@ -194,6 +194,21 @@ def masked(value: Any, name: str = "") -> Any:
         if _SECRET_VARIABLE.search(variable) and len(secret) >= 8 and secret in value:
             value = value.replace(secret, "***")
     return value
+
+
+def masked_command(argv: Sequence[str]) -> str:
+    """A command line to show, with the values of options that are named like keys replaced by "***"."""
+    import shlex
+
+    shown: list[str] = []
+    for word in argv:
+        name, given, _ = word.partition("=")
+        if shown and "=" not in shown[-1] and shown[-1].startswith("--") and _SECRET_NAME.search(shown[-1]):
+            word = "***"
+        elif given and name.startswith("--") and _SECRET_NAME.search(name):
+            word = f"{name}=***"
+        shown.append(masked(word))
+    return shlex.join(shown)
 
 
 def _loggable(value: Any) -> bool:

@@ -1,7 +1,8 @@
 """The training safety net: a mixin for any `transformers.Trainer` that makes a run survive what machines do to it.
 
     from routewright.checkpoints import fingerprint
-    from routewright.trainer import EpochNames, SafeTrainer, guard_process, safety_arguments
+    from routewright.rank_watch import guard_process
+    from routewright.trainer import EpochNames, SafeTrainer, safety_arguments
 
     guard_process()                                             # a worker ends when its torchrun agent is gone
     args = TrainingArguments(output_dir=out, **safety_arguments(), learning_rate=2e-5, save_total_limit=2)
@@ -34,17 +35,13 @@ Importing this module does not import torch; `SafeTrainer` and `EpochNames` do, 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import inspect
 import json
 import math
 import os
-import select
 import shutil
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,6 +49,7 @@ from typing import Any
 
 from routewright import checkpoints as ck
 from routewright.errors import MissingSetup, PartialRun, UserError
+from routewright.rank_watch import Watch, guard_process, machine
 from routewright.textfiles import write_atomic, write_json
 
 # The TrainingArguments that shape the path of the weights; the global batch is compared apart.
@@ -78,163 +76,6 @@ def safety_arguments() -> dict[str, Any]:
             "ddp_find_unused_parameters": False, "ddp_timeout": 600, "report_to": "none"}
 
 
-def guard_process() -> None:
-    """Under torchrun: ask the kernel for SIGTERM when the agent dies, so that a killed launcher leaves no orphans.
-
-    Elsewhere nothing changes: a run started with nohup outlives its shell.
-    """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    parent, set_parent_death_signal = os.getppid(), 1
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-    if os.getppid() != parent:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-# ---- signals and peers ----------------------------------------------------------------------------------------------
-
-def process_state(pid: int) -> str:
-    """The kernel's letter for a process of this machine (R, S, T stopped, Z dead ...), or '' when it is gone."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        pass
-    if Path("/proc/self/stat").exists():
-        return ""
-    try:
-        os.kill(pid, 0)
-    except OSError:
-        return ""
-    return "R"
-
-
-def _machine() -> str:
-    """Same for two processes that can see each other's pids."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
-
-
-class Watch:
-    """Listens for signals and looks after the peers from a thread, so that it works while the main thread is stuck.
-
-    A rank that waits in a collective for a dead peer runs no Python signal handler. This thread gets the signal through
-    the wake-up descriptor, sees the peer's death in the process table, and ends the process when the main thread
-    does not come back in time.
-
-    peers: {rank: pid} on this machine, without this process. grace: seconds from a signal to the forced end.
-    """
-
-    def __init__(self, peers: dict[int, int], grace: float) -> None:
-        self.peers, self.grace = peers, grace
-        self.requested: int | None = None
-        self.dead_rank: int | None = None
-        self._deadline = math.inf
-        self._elastic = "TORCHELASTIC_RUN_ID" in os.environ
-        self._parent = os.getppid()
-        self._first = 0.0
-        self._open = True
-        self._old: dict[int, Any] = {}
-        self._read, self._write = os.pipe()
-        os.set_blocking(self._write, False)
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._old[number] = signal.signal(number, self._on_signal)
-            self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
-        self._thread.start()
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        again = self.requested is not None and time.monotonic() - self._first > 1.0
-        self._request(number)
-        # A second Ctrl-C of a person means now. Under torchrun the agent repeats the first one by itself.
-        if again and number == signal.SIGINT and not self._elastic:
-            raise KeyboardInterrupt
-
-    def _request(self, number: int) -> None:
-        if self.requested is None:
-            self._first = time.monotonic()
-            self._deadline = min(self._deadline, self._first + self.grace)
-            self.requested = number
-
-    def _loop(self) -> None:
-        suspect: int | None = None
-        while self._open:
-            ready, _, _ = select.select([self._read], [], [], 0.5)
-            if ready:
-                for number in os.read(self._read, 64):
-                    if number in (signal.SIGTERM, signal.SIGINT):
-                        self._request(number)
-            if not self._open:
-                return
-            if self._elastic and os.getppid() != self._parent:
-                self._request(signal.SIGTERM)
-            dead = next((rank for rank, pid in self.peers.items() if process_state(pid) in ("", "Z", "X")), None)
-            # Twice in a row: a peer that ends well a moment before us is no accident.
-            if dead is not None and dead == suspect and self.dead_rank is None:
-                self.dead_rank = dead
-                self._deadline = min(self._deadline, time.monotonic() + 3.0)
-            suspect = dead
-            if time.monotonic() > self._deadline:
-                self._force()
-
-    def _force(self) -> None:
-        why = (f"rank {self.dead_rank} died" if self.dead_rank is not None
-               else f"no step ended within {self.grace:g} s of the signal")
-        os.write(2, f"stopped: {why}; the newest checkpoint is whole, run the same command again\n".encode())
-        os._exit(PartialRun.exit_code)
-
-    def unwell(self, wait: float = 2.5) -> str:
-        """What is wrong with a peer, in words: dead, stopped, or ''. Waits a little: a death may be a moment old."""
-        until = time.monotonic() + wait
-        while True:
-            for rank, pid in self.peers.items():
-                state = process_state(pid)
-                if state in ("", "Z", "X"):
-                    return f"rank {rank} (pid {pid}) died"
-                if state in ("T", "t"):
-                    return f"rank {rank} (pid {pid}) is stopped and does not answer"
-            if time.monotonic() > until:
-                return ""
-            time.sleep(0.1)
-
-    def end_stopped(self) -> None:
-        """Kill peers that are stopped: they cannot obey the agent's SIGTERM, which would wait 30 s for them."""
-        for pid in self.peers.values():
-            if process_state(pid) == "T":
-                with contextlib.suppress(OSError):
-                    os.kill(pid, signal.SIGKILL)
-
-    def leave(self, seconds: int = 15) -> None:
-        """One rank of several ends with an error: it gets this long for its message, whatever its peers do.
-
-        The agent answers the first rank that ends with SIGTERM to the others, so that is no news any more; the kernel's
-        alarm ends a process that is stuck in a collective or in a destructor.
-        """
-        if self._main:
-            for number in self._old:
-                self._old[number] = signal.SIG_IGN
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(seconds)
-
-    def close(self) -> None:
-        """Give the signals back, and end the thread."""
-        if not self._open:
-            return
-        self._open = False
-        if self._main:
-            signal.set_wakeup_fd(self._old_wakeup)
-            for number, old in self._old.items():
-                signal.signal(number, old)
-        with contextlib.suppress(OSError):
-            os.write(self._write, b"\0")
-        self._thread.join(timeout=5)
-        os.close(self._read)
-        os.close(self._write)
-
-
 class _Stopped(Exception):
     """A signal was obeyed and the checkpoint is written."""
 
@@ -258,6 +99,7 @@ class SafetyNet:
         self._watch: Watch | None = None
         self._staging: Path | None = None
         self._point: ck.Checkpoint | None = None
+        self.was_finished = False
         self._world_changed = False
         self._restored = False
         self._stop_agreed = False
@@ -279,7 +121,8 @@ class SafetyNet:
         """Train from the right place to the end; returns the Trainer's TrainOutput.
 
         resume: "auto" (newest whole checkpoint of output_dir, else fresh), "none" (fresh; older ones are set aside),
-        or the path of one checkpoint. Raises UserError (2), PartialRun (3), MissingSetup (4). Call it on every rank.
+        or the path of one checkpoint. `was_finished` then tells whether nothing was left to train. Raises UserError
+        (2), PartialRun (3), MissingSetup (4). Call it on every rank.
         """
         guard_process()
         self._check_ranks()
@@ -390,7 +233,7 @@ class SafetyNet:
             distributed_c10d._set_pg_timeout(timedelta(seconds=self.args.ddp_timeout))
 
     def _peers(self) -> dict[int, int]:
-        mine = (_machine(), os.getpid())
+        mine = (machine(), os.getpid())
         return {rank: pid for rank, (machine, pid) in enumerate(self._from_all(mine))
                 if machine == mine[0] and pid != mine[1]}
 
@@ -452,7 +295,9 @@ class SafetyNet:
             self._compare(found)
             if found.path.resolve().parent == Path(folder).resolve():
                 ck.set_aside_newer(folder, found.step)
-            self._say(f"resuming from {found.path} (step {found.step})")
+            told = f"(step {found.step} of {found.manifest.get('max_steps', '?')})"
+            self._say(f"{found.path} {told} is the end of this run: nothing is left to train" if _ended(found)
+                      else f"resuming from {found.path} {told}")
         ck.repair_epoch_names(folder)
         return found
 
@@ -487,6 +332,7 @@ class SafetyNet:
     def _adopt(self, found: ck.Checkpoint | None) -> None:
         """Every rank: take over what the checkpoint fixes."""
         step = found.step if found else 0
+        self.was_finished = found is not None and _ended(found)
         if found:
             self._world_changed = found.manifest["world_size"] != self.args.world_size
             steps = self._accumulation_for(found)
@@ -517,14 +363,27 @@ class SafetyNet:
         self._globalstep_last_logged = mine["last_logged"]
         self._initial_global_step = 0
         self._began = time.time() - mine["seconds"]
-        self._was_stopping = mine["stopping"]
+        self._find_best()
+
+    def _find_best(self) -> None:
+        """The best checkpoint lies beside the one resumed from, wherever the run folder is now and is seen from.
+
+        The Trainer forgets one whose recorded path is gone, and would keep the last weights in place of the best.
+        """
+        recorded = json.loads((self._point.path / "trainer_state.json").read_bytes())["best_model_checkpoint"]
+        if not recorded:
+            return
+        best = self._point.path.parent / Path(recorded).name
+        self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        if not best.is_dir() and self.args.process_index == 0:
+            ck.warn(f"{best}, the best checkpoint so far, is gone; a later one will be kept in its place")
 
     # -- hooks into the Trainer's loop --
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         self._restore()
-        if getattr(self, "_was_stopping", False):
-            # The run had decided to end (early stopping) when it was broken: there is no step left to make.
+        if self.was_finished:
+            # Early stopping had ended it: the steps that are left will not be made.
             self.control.should_training_stop = True
             return None
         epoch, loader = kwargs["epoch"], kwargs["train_dataloader"]
@@ -708,8 +567,9 @@ class SafetyNet:
             "stopping": bool(self.control.should_training_stop)})
         self._barrier()
         # Where the best one is this one, the Trainer noted the staging path.
-        if self.state.best_model_checkpoint:
-            self.state.best_model_checkpoint = str(run_folder / Path(self.state.best_model_checkpoint).name)
+        best = self.state.best_model_checkpoint
+        if best and Path(best).parent == staging:
+            self.state.best_model_checkpoint = str(run_folder / name)
         self._from_rank_0(lambda: self._finish_checkpoint(staging / name, run_folder / name))
         self._barrier()
 
@@ -741,6 +601,11 @@ def _loss_counts_items(model: Any) -> bool:
     except (OSError, TypeError):
         return True
     return any(word in source for word in ("loss_function", "num_items_in_batch", "loss_kwargs"))
+
+
+def _ended(found: ck.Checkpoint) -> bool:
+    """Whether the run had decided to end (all steps made, or early stopping) when it wrote this checkpoint."""
+    return bool(json.loads((found.path / "run_state_0.json").read_bytes())["stopping"])
 
 
 def _fresh(folder: Path) -> Path:

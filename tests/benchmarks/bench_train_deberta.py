@@ -80,7 +80,7 @@ def encoded_rows(tokenizer: Any) -> tuple[list[dict], str]:
 def load_model() -> tuple[Any, Any]:
     """(model, tokenizer): MiniLM with a two-output head and no dropout, the same weights each time."""
     import torch
-    from conftest import minilm_folder
+    from planted import minilm_folder
 
     torch.manual_seed(0)
     settings = {"id2label": dict(enumerate(MODELS)), "label2id": {m: i for i, m in enumerate(MODELS)},

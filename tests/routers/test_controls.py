@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_table, two_model_pool
+from planted import make_table, two_model_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

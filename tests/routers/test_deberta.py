@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_table, minilm_folder, two_model_pool
+from planted import make_table, minilm_folder, two_model_pool
 
 from routewright.errors import MissingSetup, UserError
 from routewright.metrics import auroc

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import make_table, minilm_folder, two_model_pool
+from planted import make_table, minilm_folder, two_model_pool
 
 from routewright.errors import MissingSetup, UserError
 from routewright.metrics import auroc
@@ -269,3 +269,66 @@ def test_over_real_sentence_vectors(parts, tmp_path):
     assert np.abs(again.estimate(small[2].prompts) - before).max() < 1e-6
     # The second look comes from the cache, and still reports what embedding cost.
     assert again.overhead(small[2].prompts)[1][0] > 1e-4
+
+
+# ---------------------------------------------------------------- what a router may see
+
+@pytest.mark.parametrize("kind", [*LEARNT, "length", "group_table"])
+def test_references_and_responses_never_reach_an_estimate(kind, parts):
+    def told(table, text):
+        return replace(table, prompts=[replace(p, reference=text) for p in table.prompts],
+                       responses=[dict.fromkeys(table.models, text) for _ in table.prompts])
+
+    plain = fitted(kind, parts).estimate(parts[2].prompts)
+    train, dev, test = (told(table, f"hard {i}") for i, table in enumerate(parts))
+    assert np.array_equal(fitted(kind, (train, dev)).estimate(test.prompts), plain)
+
+
+# ---------------------------------------------------------------- folders from elsewhere
+
+CARDS = {
+    "kind a list": ({"kind": ["linear"]}, "`kind` is damaged"),
+    "models a text": ({"models": "cheap"}, "`models` is damaged"),
+    "a model twice": ({"models": ["cheap", "cheap"]}, "`models` is damaged"),
+    "a model too many": ({"models": ["cheap", "mid", "strong"]}, "weights.safetensors: does not fit router.json"),
+    "options a list": ({"options": [1]}, "`options` is damaged"),
+    "decision a text": ({"decision": {"cost_weight": "1"}}, "decision must hold numbers"),
+    "decision nan": ({"decision": {"cost_weight": float("nan")}}, "decision must hold numbers"),
+    "pool without models": ({"pool": {"name": "x"}}, "pool is damaged"),
+    "a price nan": ({"pool": {"models": [{"name": "cheap", "price_input": float("nan"), "price_output": 1}]}},
+                    "price_input must be USD"),
+    "a price key too many": ({"pool": {"models": [{"name": "cheap", "price_input": 1, "price_output": 1, "x": 1}]}},
+                             "unknown key 'x'"),
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_tampered_cards_are_refused(name, parts, tmp_path):
+    change, said = CARDS[name]
+    folder = fitted("linear", parts).save(tmp_path / "r")
+    card = json.loads((folder / "router.json").read_text())
+    (folder / "router.json").write_text(json.dumps(card | change))
+    with pytest.raises(UserError, match=said):
+        load_router(folder)
+
+
+@pytest.mark.parametrize("kind", [*LEARNT, "group_table", "fixed_split"])
+@pytest.mark.parametrize("change", ["another shape", "another rank", "missing", "another type"])
+def test_weights_of_the_wrong_shape_are_refused(kind, change, parts, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = fitted(kind, parts).save(tmp_path / "r")
+    whole = load_file(folder / "weights.safetensors")
+    for key, value in whole.items():
+        state = dict(whole)
+        if change == "missing":
+            del state[key]
+        elif change == "another type":
+            state[key] = np.full_like(value, np.nan, dtype=np.float64)
+        else:
+            state[key] = value[None] if change == "another rank" else np.concatenate([value, value])
+        save_file({k: np.ascontiguousarray(v) for k, v in state.items()}, folder / "weights.safetensors")
+        if change == "another type" and key in ("constant", "l2"):
+            continue  # nan is the mark of a column that is not constant; penalties are only kept for the record
+        with pytest.raises(UserError, match="again"):
+            load_router(folder).estimate(parts[2].prompts[:3])

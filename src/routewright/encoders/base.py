@@ -74,9 +74,9 @@ class Encoder:
         try:
             state = load_file(path)
             if self.surface:
-                self._mean, self._scale = state["surface_mean"], state["surface_scale"]
+                self._mean, self._scale = (_ten(state[key]) for key in ("surface_mean", "surface_scale"))
             self._set_state(state, folder)
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: not readable ({error}); train or fetch the router again") from None
         return self
 
@@ -89,6 +89,12 @@ class Encoder:
 
     def _set_state(self, state: dict[str, np.ndarray], folder: Path) -> None:
         pass
+
+
+def _ten(array: np.ndarray) -> np.ndarray:
+    if array.shape != (10,):
+        raise ValueError(f"surface numbers of shape {array.shape}")
+    return array
 
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")

@@ -17,6 +17,7 @@ from routewright.metrics.sound import (
     apgr,
     auroc,
     brier,
+    chance_sd,
     collapse,
     cpt,
     ece,
@@ -40,8 +41,8 @@ from routewright.metrics.sound import (
 arena_score = compat.routerarena_score
 
 __all__ = [
-    "Collapse", "Reliability", "ThresholdCurve", "aiq", "apgr", "arena_score", "auroc", "brier", "collapse", "compat",
-    "cpt", "ece", "frontier", "hull", "mix_quality", "mix_weights", "oracle", "pgr", "picked", "pool_range",
-    "quality_at_share", "regret", "reliability", "reward_oracle", "shuffled_quality", "sound", "threshold_curve",
-    "youden",
+    "Collapse", "Reliability", "ThresholdCurve", "aiq", "apgr", "arena_score", "auroc", "brier", "chance_sd",
+    "collapse", "compat", "cpt", "ece", "frontier", "hull", "mix_quality", "mix_weights", "oracle", "pgr", "picked",
+    "pool_range", "quality_at_share", "regret", "reliability", "reward_oracle", "shuffled_quality", "sound",
+    "threshold_curve", "youden",
 ]

@@ -235,6 +235,22 @@ def shuffled_quality(quality: np.ndarray, decision: np.ndarray) -> np.ndarray:
     return quality @ share
 
 
+def chance_sd(quality: np.ndarray, calls: np.ndarray) -> float:
+    """Standard deviation of the mean quality had the decisions been dealt out over the prompts at random.
+
+    The permutation variance of Hoeffding (1951). A router that reads nothing stands this far from the random mix of
+    its own calls by luck alone, however few prompts it moves.
+
+    Args:
+        quality: (N, M)
+        calls: (N, M) 1 for the model called on a prompt; for a weighted sum of settings, the weighted sum of these
+    """
+    q, c = (np.asarray(values, dtype=float) - np.mean(values, axis=0) for values in (quality, calls))
+    n = len(q)
+    # The (N, N) table of "prompt i with the decision of prompt j" is q @ c.T: its square sum needs M x M numbers only.
+    return float(np.sqrt(max(((q.T @ q) * (c.T @ c)).sum(), 0.0) / (n * n * (n - 1)))) if n > 1 else 0.0
+
+
 # ---- calibration -----------------------------------------------------------------------------------------------------
 
 

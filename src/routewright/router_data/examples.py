@@ -99,7 +99,7 @@ def load_cache(cache: str, form: str, num_labels: int, say: Say,
                                          [p.group or p.prompt_id for p in train.prompts])
         train, dev = train.rows(keep), train.rows(out)
     if form == "pool":
-        messages = check_soft_labels(train.quality_mean, train.models)
+        messages = check_soft_labels(train.quality_mean, train.models, str(cache))
         parts = [Examples([prompt_text(p) for p in t.prompts], None, t.quality_mean.astype(np.float64),
                           [f"{cache} prompt {p.prompt_id}" for p in t.prompts]) for t in (train, dev)]
         source = Source(form, tuple(train.models), train.m, train, dev)

@@ -49,12 +49,12 @@ def _contradictions(data: PairData) -> list[str]:
             f"and {second}); they are kept as noise"]
 
 
-def check_soft_labels(quality: np.ndarray, models: Sequence[str]) -> list[str]:
-    """Warnings for soft labels (N, M); UserError where no model's quality varies."""
+def check_soft_labels(quality: np.ndarray, models: Sequence[str], source: str = "the cache") -> list[str]:
+    """Warnings for soft labels (N, M) of `source`; UserError where no model's quality varies."""
     mean = quality.mean(0)
     constant = [m for m, column in zip(models, quality.T, strict=True) if np.ptp(column) == 0]
     if len(constant) == len(models):
-        raise UserError(f"the cache gives every model the same quality on all {len(quality)} train prompts; there is "
+        raise UserError(f"{source}: every model has the same quality on all {len(quality)} train prompts; there is "
                         "nothing to learn, so record harder prompts or check the grading")
     warnings = [f"model {name!r} has the same quality on every train prompt; its column carries no signal"
                 for name in constant]

@@ -15,6 +15,7 @@ import importlib
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -28,7 +29,7 @@ import numpy as np
 
 from routewright.errors import UserError
 from routewright.prompts import full_text
-from routewright.schema import ModelSpec, Prompt
+from routewright.schema import Prompt
 from routewright.textfiles import nearest, write_atomic, write_json
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ ROUTER_KINDS: dict[str, str] = {  # kind -> module:class, imported on use so tha
     "deberta": "deberta:DebertaRouter",
     "trained_deberta": "deberta:TrainedDebertaRouter",
 }
+_CARD_TYPES = {"kind": str, "name": str, "options": dict, "decision": dict, "pool": dict, "train_prompts": list}
 _PROBE_PROMPTS = 64  # how many prompts are timed when overhead is asked for before any estimate
 _VERSIONED = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "sentence-transformers")
 
@@ -179,7 +181,13 @@ class Router:
         router.card = {key: card[key] for key in card if key not in
                        ("kind", "name", "models", "pool", "base_model", "options", "decision", "created_with")}
         router._load_parts(folder)
-        router._set_state(_read_weights(folder))
+        try:
+            router._set_state(_read_weights(folder))
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            what = f"lacks {error}" if isinstance(error, KeyError) else f"does not fit {CARD} ({error})"
+            raise UserError(f"{folder / WEIGHTS}: {what}; train or fetch the router again") from None
         return router
 
     @property
@@ -326,6 +334,15 @@ def read_card(folder: str | Path) -> dict[str, Any]:
     missing = [key for key in ("kind", "models") if not isinstance(card, dict) or key not in card]
     if missing:
         raise UserError(f"{path}: `{missing[0]}` is missing; train or fetch the router again")
+    models = card["models"]
+    named = isinstance(models, list) and all(isinstance(name, str) and name for name in models)
+    wrong = [key for key, kind in _CARD_TYPES.items() if not isinstance(card.get(key), (kind, type(None)))]
+    if wrong or not named or len(set(models)) != len(models):
+        raise UserError(f"{path}: `{(wrong or ['models'])[0]}` is damaged; train or fetch the router again")
+    bad = {key: value for key, value in (card.get("decision") or {}).items()
+           if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value)}
+    if bad:
+        raise UserError(f"{path}: decision must hold numbers; got {bad}")
     return card
 
 
@@ -362,15 +379,14 @@ def pool_card(pool: Pool | None) -> dict[str, Any] | None:
 
 def pool_from_card(card: Mapping[str, Any] | None, folder: str | Path) -> Pool | None:
     """The pool a router.json holds, if any."""
-    from routewright.pool import Pool
+    from routewright.pool import Pool, model_from_entry
 
     if not card:
         return None
-    try:
-        models = tuple(ModelSpec(**{key: tuple(value) if isinstance(value, list) else value
-                                    for key, value in model.items()}) for model in card["models"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{Path(folder) / CARD}: pool is damaged ({error}); train or fetch the router again") from None
+    if not isinstance(card.get("models"), list):
+        raise UserError(f"{Path(folder) / CARD}: pool is damaged (no list of models); train or fetch the router again")
+    models = tuple(model_from_entry(model, f"{Path(folder) / CARD}: pool.models[{i}]")
+                   for i, model in enumerate(card["models"]))
     return Pool(str(card.get("name", "")), models, str(card.get("prices_dated", "")), str(Path(folder) / CARD))
 
 
@@ -383,6 +399,14 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def shaped(state: Mapping[str, np.ndarray], key: str, *shape: int | None) -> np.ndarray:
+    """An array of the weights, if it has this shape (None: any size). KeyError or ValueError otherwise."""
+    array = state[key]
+    if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
+        raise ValueError(f"{key} has shape {array.shape}")
+    return array
 
 
 def _read_weights(folder: Path) -> dict[str, np.ndarray]:

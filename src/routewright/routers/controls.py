@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from routewright.errors import UserError
-from routewright.routers.base import Router, from_entry
+from routewright.routers.base import Router, from_entry, shaped
 from routewright.schema import Prompt
 from routewright.textfiles import nearest
 
@@ -166,7 +166,7 @@ class FixedSplitRouter(_Control):
         return {"shares": self.shares, "means": self.means}
 
     def _set_state(self, state: dict[str, np.ndarray]) -> None:
-        self.shares, self.means = state["shares"], state["means"]
+        self.shares, self.means = (shaped(state, key, len(self.models)) for key in ("shares", "means"))
 
 
 @dataclass(kw_only=True)
@@ -295,8 +295,9 @@ class GroupTableRouter(_Control):
         return {"overall": np.array(self.overall), "table": np.array([self.table[k] for k in sorted(self.table)])}
 
     def _set_state(self, state: dict[str, np.ndarray]) -> None:
-        self.overall = state["overall"].tolist()
-        self.table = dict(zip(self.card.get("groups", []), state["table"].tolist(), strict=True))
+        self.overall = shaped(state, "overall", len(self.models)).tolist()
+        rows = shaped(state, "table", None, len(self.models)).tolist()
+        self.table = dict(zip(self.card.get("groups", []), rows, strict=True))
 
     def as_card(self) -> dict[str, Any]:
         return {**super().as_card(), "groups": sorted(self.table)}

@@ -16,7 +16,7 @@ import numpy as np
 
 from routewright.encoders import Encoder, make_encoder
 from routewright.errors import UserError
-from routewright.routers.base import Router, prompt_text
+from routewright.routers.base import Router, prompt_text, shaped
 from routewright.schema import Prompt
 
 if TYPE_CHECKING:
@@ -72,7 +72,11 @@ class EncoderRouter(Router):
 
     def _estimate(self, prompts: Sequence[Prompt]) -> np.ndarray:
         assert self._encoder is not None, "fit or load first"
-        estimate = self._estimate_vectors(self._encoder.encode([prompt_text(p) for p in prompts]))
+        try:
+            estimate = self._estimate_vectors(self._encoder.encode([prompt_text(p) for p in prompts]))
+        except ValueError as error:  # matrices whose sizes do not meet
+            raise UserError(f"router {self.name!r}: its weights do not fit its encoder ({error}); train or fetch the "
+                            "folder again") from None
         return np.where(np.isnan(self.constant), estimate, self.constant)
 
     def _fit_vectors(self, x: np.ndarray, y: np.ndarray, dev: tuple[np.ndarray, np.ndarray] | None, seed: int) -> None:
@@ -85,12 +89,8 @@ class EncoderRouter(Router):
         return {"constant": self.constant}
 
     def _set_state(self, state: dict[str, np.ndarray]) -> None:
-        try:
-            self.constant = state["constant"]
-            self._set_fitted(state)
-        except KeyError as error:
-            raise UserError(f"router {self.name!r}: its weights lack {error}; train or fetch the folder "
-                            "again") from None
+        self.constant = shaped(state, "constant", len(self.models))
+        self._set_fitted(state)
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
         raise NotImplementedError
@@ -177,8 +177,12 @@ class KnnRouter(EncoderRouter):
                                    "chosen": np.array(self.chosen, np.float64)}
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
-        self.vectors, self.labels = state["vectors"], state["labels"]
-        self.chosen = int(state["chosen"][0]), float(state["chosen"][1])
+        self.vectors = shaped(state, "vectors", None, None)
+        self.labels = shaped(state, "labels", len(self.vectors), len(self.models))
+        k, temperature = shaped(state, "chosen", 2).tolist()
+        if not (len(self.vectors) and k >= 1 and temperature > 0):
+            raise ValueError(f"k {k}, temperature {temperature}")
+        self.chosen = int(k), temperature
 
 
 def _unit(x: np.ndarray) -> np.ndarray:
@@ -240,8 +244,11 @@ class LinearRouter(EncoderRouter):
         return state if self.scale is None else state | {"scale_mean": self.scale[0], "scale_factor": self.scale[1]}
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
-        self.weights, self.bias, self.chosen_l2 = state["weights"], state["bias"], state["l2"].tolist()
-        self.scale = (state["scale_mean"], state["scale_factor"]) if "scale_mean" in state else None
+        m = len(self.models)
+        self.weights, self.bias = shaped(state, "weights", None, m), shaped(state, "bias", m)
+        self.chosen_l2 = shaped(state, "l2", m).tolist()
+        if self.standardise:
+            self.scale = tuple(shaped(state, key, len(self.weights)) for key in ("scale_mean", "scale_factor"))
 
 
 def fit_logistic(x: np.ndarray, y: np.ndarray, l2: float,
@@ -313,7 +320,10 @@ class MfRouter(EncoderRouter):
         return super()._state() | self.parameters
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
-        self.parameters = {key: state[key] for key in ("project", "models", "weigh", "bias")}
+        project, m = shaped(state, "project", None, None), len(self.models)
+        d = project.shape[1]
+        self.parameters = {"project": project, "models": shaped(state, "models", m, d),
+                           "weigh": shaped(state, "weigh", d), "bias": shaped(state, "bias", m)}
 
 
 def initial_factors(features: int, y: np.ndarray, dimensions: int, seed: int) -> dict[str, np.ndarray]:
