@@ -40,7 +40,7 @@ def main(
     reward: str = "linear",  # linear, binary, capped, offline_dpo, xrouter_code, xrouter_readme
     cost_weight: float | None = None,  # reward per USD; linear without it: where cheapest and best model earn the same
     n_settings: int = 101,  # cost weights swept per router
-    n_resamples: int = 1000,  # bootstrap resamples of prompts
+    n_resamples: int = 1000,  # bootstrap resamples, shared by all routers
     level: float = 0.95,  # of the intervals
     # Output
     plots: bool = True,  # write PNG charts

@@ -45,6 +45,8 @@ def main(
     out = Path(output_dir)
     if report:
         return _report(out)
+    if prompts < 1:
+        raise UserError(f"--prompts must be at least 1; got {prompts}")
     recipes = _chosen(models, quick)
 
     problems = samplepool.cache_problems(seed, prompts, samplepool.QUICK_RECIPES if quick else samplepool.RECIPES)

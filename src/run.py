@@ -24,7 +24,7 @@ def main(
     # Scoring
     seeds: int | list[int] = 1,  # a count or a list of seeds
     cost_weight: float | None = None,  # reward per USD; default: where cheapest and best model earn the same
-    n_resamples: int = 1000,  # bootstrap resamples of prompts
+    n_resamples: int = 1000,  # bootstrap resamples, shared by all routers
     allow_overlap: bool = False,  # score a router that was trained on test prompts, and say so
     # Output
     wandb: Literal["auto", "online", "offline", "off"] = "auto",  # auto: online with a key, else offline

@@ -168,6 +168,7 @@ def test_a_cache_to_train_on_needs_its_prices_too(world, root, capsys):
     ("train_embedding", "--router.kind knn", "--kind"),
     ("train_embedding", "--cost_weight nan", "nan is no finite number"),
     ("build_cache", "--grader nubmer", "did you mean 'number'?"),
+    ("make_sample_pool", "--prompts 0", "--prompts must be at least 1; got 0"),
 ])
 def test_unknown_names_are_named_with_the_nearest(world, root, capsys, name, words, said):
     given = READS[name][1] if name != "make_sample_pool" else "--output_dir out"
@@ -184,6 +185,12 @@ def test_unknown_names_are_named_with_the_nearest(world, root, capsys, name, wor
 def test_wrong_router_files_are_named(world, root, capsys, text, said):
     Path("routers.yaml").write_text(text)
     refused(root, capsys, "evaluate", READS["evaluate"][1], "routers.yaml", said)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, words) in READS.items() if "--output_dir out" in words])
+def test_an_output_folder_that_is_a_file_stops_before_work(world, root, capsys, name):
+    words = READS[name][1].replace("--output_dir out", "--output_dir pool.yaml/out")
+    refused(root, capsys, name, words, "pool.yaml is a file; name a folder")
 
 
 # --- labels and splits ------------------------------------------------------------------------------------------------
@@ -214,8 +221,8 @@ def test_train_and_test_that_share_prompts_are_refused(world, root, capsys, name
 
 def test_validation_rows_that_were_trained_on_are_refused(world, root, capsys):
     save("val.jsonl", [{"question": "New?", "llm_id": "cheap", "label": 1}, *load("rows.jsonl")[:2]])
-    refused(root, capsys, "train_deberta", READS["train_deberta"][1] + " --val val.jsonl", "val.jsonl:2", "rows.jsonl:1",
-            "remove them, or leave VAL empty")
+    refused(root, capsys, "train_deberta", f"{READS['train_deberta'][1]} --val val.jsonl",
+            "val.jsonl:2", "rows.jsonl:1", "remove them, or leave VAL empty")
 
 
 def test_recorded_splits_that_leak_are_refused(world, root, capsys):

@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from planted import minilm_folder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import minilm_folder
 
 from routewright.encoders import (
     TextEncoder,
@@ -102,8 +102,8 @@ def test_a_folder_with_only_a_sentencepiece_vocabulary(tmp_path):
     (tmp_path / "text").write_text("\n".join(TEXTS * 3))
     sentencepiece.SentencePieceTrainer.train(
         input=str(tmp_path / "text"), model_prefix=str(tmp_path / "spm"), vocab_size=80, hard_vocab_limit=False,
-        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]", unk_piece="[UNK]",
-        minloglevel=2)
+        pad_id=0, bos_id=1, eos_id=2, unk_id=3, pad_piece="[PAD]", bos_piece="[CLS]", eos_piece="[SEP]",
+        unk_piece="[UNK]", minloglevel=2)
     DebertaV2Config(vocab_size=128).save_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "vocab_type": "spm"}')
     tokenizer = load_tokenizer(tmp_path, probe=TEXTS[0])

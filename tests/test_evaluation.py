@@ -268,6 +268,7 @@ def test_folders_of_other_seeds_are_refused_or_reported(cache, seeded, tmp_path)
     ("routers: [{name: a}]", r"routers\[0\]: needs `kind`"),
     ("routers: [{name: a, kind: lnear}]", r"routers\[0\]: unknown router kind 'lnear' \(did you mean 'linear'"),
     ("routers: [{kind: knn, encodr: tfidf}]", r"routers\[0\].*'encodr' \(did you mean 'encoder'"),
+    ("routers: [{kind: [knn]}]", r"routers\[0\]: unknown router kind \['knn'\]"),
     ("routers: [{kind: knn, k: many}]", r"routers\[0\].*many"),
     ("routers: [{path: nowhere/router}]", r"routers\[0\]: path: nowhere/router: no such router folder"),
     ("routers: [{kind: knn}, {kind: linear, name: knn}]", r"routers\[1\]: the name 'knn' stands twice"),
@@ -611,6 +612,15 @@ def test_overhead_is_part_of_every_cost(small):
     assert cost["paid"] == pytest.approx(cost["free"] + 0.01)
     assert found["routers"]["paid"]["points"]["balanced"]["overhead_per_1k"] == pytest.approx(0.01)
     assert found["routers"]["paid"]["aiq"]["value"] < found["routers"]["free"]["aiq"]["value"]
+
+
+def test_the_report_says_where_the_cost_weight_comes_from(cache, tmp_path):
+    said = {}
+    for source, options in (("indifference", {}), ("given", {"cost_weight": 50.0}), ("preset", {"reward": "capped"})):
+        results = evaluate(cache=str(cache), router_type="length", output_dir=str(tmp_path / "out"), **QUICK, **options)
+        said[source] = (tmp_path / "out" / "leaderboard.md").read_text()
+        assert results["reward"]["cost_weight_source"] == source
+    assert [source for source, text in said.items() if "earn the same on the train and dev" in text] == ["indifference"]
 
 
 def test_unrecorded_latency_is_none_and_not_a_number(small):

@@ -111,7 +111,7 @@ def test_equal_numbers(response, gold):
     ("The answer is 41 or 42", "42"), ("the answer is 42 or 41", "42"), ("the answer is 42, 41", "42"), ("nan", "42"),
     ("(1,2)", "2"),
     ("1e999999", "42"), ("9" * 100_000, "42"), ("", 42), ("1/0", "0"), ("abc42", "42"), ("1,00", "100"), ("3", "-3"),
-    ("0.333", "1/3"),
+    ("0.333", "1/3"), ("1e999999", "1"), ("9**9**9", "9"), ("10^100000", "100000"), ("The answer is 1e999999", "1"),
 ])
 def test_exploits_and_unequal_numbers(response, gold):
     assert not grade("number", response, gold).correct

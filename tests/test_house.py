@@ -20,7 +20,7 @@ FLOORS = {
 }
 MAY_IMPORT = {
     1: {"numpy"},
-    2: {"numpy", "pandas", "pyarrow", "yaml", "fire", "numba", "scipy", "altair", "vl_convert", "jinja2", "rich", "datasketch",
+    2: {"numpy", "pandas", "pyarrow", "yaml", "fire", "numba", "scipy", "vl_convert", "jinja2", "rich", "datasketch",
         "math_verify", "latex2sympy2_extended"},
     3: {"torch", "transformers", "peft", "litellm", "starlette", "sklearn", "sentence_transformers", "tokenizers",
         "safetensors", "wandb", "datasets", "accelerate", "huggingface_hub", "PIL"},

@@ -105,8 +105,8 @@ def test_another_number_as_quality(tmp_path):
 
 
 def test_near_duplicates_share_a_split_and_recorded_splits_that_leak_are_refused(tmp_path, pool_file, capsys):
-    long = "In a small town by the river the baker sells bread to the people of the valley every morning before the sun " \
-           "rises and asks his daughter to count the loaves that are left over at noon"
+    long = "In a small town by the river the baker sells bread to the people of the valley every morning before the " \
+           "sun rises and asks his daughter to count the loaves that are left over at noon"
     rows = [wide_row(0, prompt=long, split="train"), wide_row(1, prompt=long + " today", split="test")]
     source = write_rows(tmp_path / "in.jsonl", rows)
     assert cli("--source", source, "--pool", pool_file, "--output_dir", tmp_path / "a") == 0

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from planted import make_outcomes, make_table, two_model_pool
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import make_outcomes, make_table, two_model_pool
 
 from routewright.errors import UserError
 from routewright.outcomes import OutcomeTable, fingerprint, outcome_from_row, read_outcomes, write_outcomes
@@ -31,7 +31,8 @@ text = st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(str
 
 @given(st.builds(
     Outcome, prompt_id=text, prompt=text, model_name=text, response=st.text(st.characters(exclude_categories=("Cs",))),
-    quality=st.floats(0, 1), sample=st.integers(0, 9), reference=st.one_of(st.none(), st.text(min_size=1), st.lists(st.text())),
+    quality=st.floats(0, 1), sample=st.integers(0, 9),
+    reference=st.one_of(st.none(), st.text(min_size=1), st.lists(st.text())),
     token_usage=st.builds(TokenUsage, input=st.integers(0, 99), output=st.integers(0, 99), estimated=st.booleans()),
     cost_usd=st.one_of(st.none(), st.floats(0, 9)), split=st.sampled_from(["", "train", "dev", "test"])))
 def test_any_outcome_survives_its_row(outcome):
@@ -146,3 +147,25 @@ def test_pool_beside_the_cache(tmp_path):
     assert OutcomeTable.load(tmp_path).models == ("cheap", "strong")
     with pytest.raises(UserError, match="no such outcome cache"):
         OutcomeTable.load(tmp_path / "nope")
+
+
+def test_a_prompt_has_one_split_and_a_sample_one_answer():
+    outcomes, pool = make_outcomes(6, samples=2), two_model_pool()
+    with pytest.raises(UserError, match="stands in split .* and in "):
+        other = "dev" if outcomes[0].split != "dev" else "test"
+        OutcomeTable.from_outcomes([replace(outcomes[0], split=other), *outcomes[1:]], pool)
+    with pytest.raises(UserError, match="sample 1 of .* stands twice"):
+        OutcomeTable.from_outcomes([*outcomes, outcomes[1]], pool)
+
+
+def test_a_response_cut_inside_a_character_is_kept(tmp_path):
+    outcomes = [replace(o, response="cut \ud83d") for o in make_outcomes(3)]
+    write_outcomes(tmp_path, outcomes)
+    assert read_outcomes(tmp_path) == outcomes
+    assert fingerprint(read_outcomes(tmp_path)) == fingerprint(outcomes)
+
+
+def test_no_call_has_more_tokens_than_an_array_holds(tmp_path):
+    row = {**make_outcomes(1)[0].as_row(), "token_usage": {"input": 1 << 63}}
+    with pytest.raises(UserError, match="x:1: token_usage.input must be a whole number"):
+        outcome_from_row(row, "x:1")

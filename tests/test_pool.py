@@ -71,3 +71,14 @@ def test_order_by_price(tiny_pool):
 
 def test_tokens_from_characters():
     assert [estimate_tokens(c) for c in (0, 1, 4, 400)] == [0, 1, 1, 100]
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    ("name: ''", "name must be a text"), ("name: [a]", "name must be a text"), ("path: 3", "path must be text"),
+    ("context_window: '512'", "context_window must be a whole number"),
+    ("max_output_tokens: 0", "max_output_tokens must be a whole number"),
+])
+def test_every_field_of_a_model_is_checked(tmp_path, change, said):
+    name = "" if change.startswith("name") else "name: a, "
+    with pytest.raises(UserError, match=said):
+        load(tmp_path, f"name: p\nmodels:\n  - {{{name}{change}, price_input: 1, price_output: 1}}\n")

@@ -12,8 +12,10 @@ from routewright.errors import UserError
 from routewright.prompts import (
     assign_splits,
     check_no_overlap,
+    check_straddle,
     find_overlap,
     group_near_duplicates,
+    group_prompts,
     normalise,
     numbers_in,
     prompts_hash,
@@ -281,3 +283,15 @@ def test_an_id_that_stands_twice_is_named(tmp_path):
     file.write_text('{"prompt": "x", "id": "a"}\n{"prompt": "y", "id": "a"}\n')
     with pytest.raises(UserError, match="p.jsonl:2.*line 1"):
         read_prompts(file)
+
+
+def test_groups_of_prompts_join_likeness_and_what_the_source_ties():
+    a, b, c, d = (Prompt(str(i), text, group=group) for i, (text, group) in enumerate(
+        [("What is two and two?", "para"), ("Another question altogether", "para"), ("what is two and two", ""),
+         ("A third one", "")]))
+    groups = group_prompts([a, b, c, d])
+    assert groups[0] == groups[1] == groups[2] != groups[3]
+    ids = dict(zip("0123", groups, strict=True))
+    check_straddle(ids, {"0": "train", "1": "train", "2": "train", "3": "test"}, "what", "cure")
+    with pytest.raises(UserError, match="what: 1 prompts have a near-duplicate in another split .*'2'.*; cure"):
+        check_straddle(ids, {"0": "train", "1": "train", "2": "test", "3": "test"}, "what", "cure")

@@ -138,7 +138,7 @@ def test_chat_template_is_what_training_uses(tokenizer):
 def test_labels_cover_the_answer_only(tokenizer):
     recipe = replace(pool_of.QUICK_RECIPES[2], batch_size=8)
     ids, labels = next(pool_of.batches(recipe, tokenizer, 0))
-    for row, wanted in zip(ids, labels):
+    for row, wanted in zip(ids, labels, strict=True):
         told = tokenizer.decode(wanted[wanted != -100])
         asked = tokenizer.decode(row[:int((wanted != -100).nonzero()[0])])
         assert asked.startswith("<bos><user> ") and asked.endswith("<assistant>")
@@ -235,7 +235,8 @@ def test_shipped_weights_give_the_recorded_answers(root, shipped, sample):
     for name in shipped.models:
         fresh = local.call_many(name, shipped.prompts[:60], sampling, sample)
         recorded = replay.call_many(name, shipped.prompts[:60], sampling, sample)
-        same = sum((a.response, a.token_usage) == (b.response, b.token_usage) for a, b in zip(fresh, recorded))
+        same = sum((a.response, a.token_usage) == (b.response, b.token_usage)
+                   for a, b in zip(fresh, recorded, strict=True))
         assert same >= 58, (name, same)
 
 
@@ -257,3 +258,37 @@ def test_alpaca_rows_name_the_cheapest_model_that_was_right(root):
     rows = [json.loads(line) for line in text.splitlines()]
     assert rows == pool_of.alpaca_rows(read_outcomes(root / "data" / "sample"))
     assert len(rows) == 200 and {row["response"] for row in rows} == {"cheap", "mid", "strong"}
+
+
+def test_cobench_rows_are_what_the_models_did(root):
+    from routewright import router_data
+    from routewright.outcomes import read_outcomes
+    file = root / "data/sample_data.jsonl"
+    outcomes = read_outcomes(root / "data" / "sample")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert rows == pool_of.cobench_rows(outcomes) and len(rows) == 400
+    known = {(o.prompt, o.model_name): o for o in outcomes if o.sample == 0}
+    assert all(known[row["question"], row["llm_id"]].is_correct == bool(row["label"])
+               and known[row["question"], row["llm_id"]].split == "train" for row in rows)
+    for name in ("cheap", "strong"):  # neither class is rare enough for a warning, model by model
+        right = [row["label"] for row in rows if row["llm_id"] == name]
+        assert .1 < sum(right) / len(right) < .9
+    assert router_data.check_labels(router_data.read_pairs(file), 2) == []
+
+
+def test_shipped_files_can_be_read_by_everybody(root):
+    for path in (root / "data" / "sample").rglob("*"):
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_shipped_tokenizers_are_the_generated_one(root, tokenizer):
+    from transformers import AutoTokenizer
+
+    from routewright.encoders import load_tokenizer
+    texts = [f"{pool_of.chat_text(p.text)} {p.solution(True)}<eos>" for p in pool_of.make_problems("shipped", 100)]
+    for name in ("cheap", "mid", "strong"):
+        folder = root / "data/sample/models" / name
+        for loaded in (AutoTokenizer.from_pretrained(folder), load_tokenizer(folder)):
+            for text in [*texts, *ODD_TEXTS]:
+                ids = loaded(text, add_special_tokens=False)["input_ids"]
+                assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]

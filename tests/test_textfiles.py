@@ -28,6 +28,7 @@ GOOD = '{"a": 1}\n'
     (b'{"a": 1, "a": 2}\n', 1, "key 'a' stands twice"),
     (b'{"a": "\xff"}\n', 1, "not valid UTF-8"),
     (b"[" * 100_000 + b"\n", 1, "nested too deeply"),
+    (b'{"a": ' + b"9" * 5000 + b"}\n", 1, "not readable"),
 ])
 def test_damaged_rows_are_named(data, line, message, tmp_path):
     path = tmp_path / "rows.jsonl"
@@ -102,3 +103,32 @@ def test_yaml_numbers_and_mistakes(tmp_path):
         read_yaml(path)
     with pytest.raises(UserError, match=r"unknown key 'lrr' \(did you mean 'lr'\?\)"):
         check_keys({"lrr": 1}, (), ("lr",), "x.yaml")
+
+
+def test_gzip_damaged_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    write_jsonl(path, [{"a": str(hash((i, "x")))} for i in range(5000)])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2:len(data) // 2 + 200] = bytes(200)
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="the gzip file is damaged|not JSON|not valid UTF-8"):
+        list(read_jsonl(path))
+    path.write_bytes(data[:10] + b"\xff" * 100)  # no deflate stream at all
+    with pytest.raises(UserError, match="the gzip file is damaged"):
+        list(read_jsonl(path))
+
+
+def test_half_a_surrogate_pair_survives_a_file(tmp_path):
+    row = {"a": "cut \ud83d"}
+    assert [found for _, found in read_jsonl(write_jsonl(tmp_path / "a.jsonl", [row]))] == [row]
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("", "the file is empty"), ("- 1\n", "expected a mapping"), ("? [a]\n: 1\n", "c.yaml:1: a list cannot be a key"),
+    ("a: 2026-13-45\n", "not YAML"), ("a: " + "[" * 5000, "not YAML"),
+])
+def test_yaml_that_is_no_mapping_of_names(tmp_path, text, said):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_yaml(path)

@@ -88,7 +88,8 @@ def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_
     table = OutcomeTable.load(cache, pool, models)
     views, recorded = make_views(table, seeds, (train_split, dev_split, test_split), entries, notes)
     _check_views(table, views, notes)
-    made = [(entry, _make(entry, views[-1].seed)) for entry in entries]  # every mistake of a file shows before any work starts
+    # Every mistake of a file shows before any work starts.
+    made = [(entry, _make(entry, views[-1].seed)) for entry in entries]
     overlaps = _check_trained(table, views, recorded, made, allow_overlap)
     rules = Rules(_reward(reward, cost_weight, table, views), n_settings, n_resamples, level)
     contestants, timing = _estimate_all(table, views, recorded, made)
@@ -96,7 +97,8 @@ def evaluate(*, cache: str, output_dir: str, routers: str | None = None, router_
     comparison = compare(table, views, contestants, rules)
     timing["scoring_s"] = time.perf_counter() - began_scoring
     results = comparison.results
-    results |= {"schema": 1, "cache": _cache_card(table, cache), "reward": _reward_card(rules.reward, reward),
+    results |= {"schema": 1, "cache": _cache_card(table, cache),
+                "reward": _reward_card(rules.reward, reward, cost_weight),
                 "overlaps": overlaps, "warnings": [*notes, *_warnings(results, table)]}
     from routewright.report import headline
 
@@ -145,7 +147,8 @@ def _check_names(entries: Sequence[Entry]) -> None:
     taken: set[str] = set()
     for entry in entries:
         if entry.name in taken:
-            raise UserError(f"{entry.where}: the name {entry.name!r} stands twice; give each router its own `name`")
+            raise UserError(f"{entry.where}: the name {entry.name!r} stands twice; give each router its own `name`, "
+                            "or drop one")
         if entry.name in RESERVED:
             raise UserError(f"{entry.where}: the name {entry.name!r} is that of a row of every report; give the router "
                             "another `name`")
@@ -173,7 +176,7 @@ def _entry(given: Any, where: str) -> Entry:
     if kind is None and path is None:
         raise UserError(f"{where}: needs `kind` (one of {', '.join(ROUTER_KINDS)}) or `path` (a router folder); "
                         f"got the keys {', '.join(map(str, given)) or 'none'}")
-    if kind is not None and kind not in ROUTER_KINDS:
+    if kind is not None and str(kind) not in ROUTER_KINDS:
         raise UserError(f"{where}: unknown router kind {kind!r}{nearest(str(kind), ROUTER_KINDS)}; known: "
                         f"{', '.join(ROUTER_KINDS)}")
     if path is not None:
@@ -320,7 +323,11 @@ def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -
 
 def _check_trained(table: OutcomeTable, views: Sequence[View], recorded: int | None, made: Sequence[tuple[Entry, Any]],
                    allow: bool) -> list[dict[str, Any]]:
-    """Refuse routers that were trained on test prompts, or note the overlap where that was allowed."""
+    """Refuse routers that were trained on test prompts, or note the overlap where that was allowed.
+
+    A folder keeps hashes of its normalised training prompts, so equal prompts are found and merely similar ones are
+    not; within one cache those share a group, which no division tears apart.
+    """
     found: list[dict[str, Any]] = []
     for entry, router in made:
         if entry.per_seed:
@@ -425,10 +432,12 @@ def _reward(name: str, cost_weight: float | None, table: OutcomeTable, views: Se
     return Reward.named(name, **settings)
 
 
-def _reward_card(reward: Any, name: str) -> dict[str, Any]:
+def _reward_card(reward: Any, name: str, cost_weight: float | None) -> dict[str, Any]:
     """What was rewarded, without the settings that this kind does not read."""
     read = {"linear": ("cost_weight",), "binary": ("cost_weight", "K"), "capped": ("cost_weight", "K", "cost_max")}
-    return {"name": name, "kind": reward.kind, **{k: v for k, v in asdict(reward).items() if k in read[reward.kind]}}
+    source = "given" if cost_weight is not None else "indifference" if name == "linear" else "preset"
+    return {"name": name, "kind": reward.kind, "cost_weight_source": source,
+            **{k: v if np.isfinite(v) else None for k, v in asdict(reward).items() if k in read[reward.kind]}}
 
 
 # ---------------------------------------------------------------- what is said beside the scores
@@ -572,8 +581,8 @@ def _write(folder: Path, table: OutcomeTable, views: Sequence[View], comparison:
 
     results = comparison.results
     folder.mkdir(parents=True, exist_ok=True)
-    for stale in folder.glob("results_*.json"):  # of an earlier run with other routers
-        stale.unlink()
+    for stale in (*folder.glob("results_*.json"), *(folder / f"{name}.png" for name in report.CHARTS)):
+        stale.unlink(missing_ok=True)  # of an earlier run with other routers
     write_atomic(folder / "samples.csv", _samples_csv(table, views))
     _write_decisions(folder / "decisions.parquet", comparison.decisions)
     for name, mark in slugs(results["routers"]).items():

@@ -207,6 +207,8 @@ _BETWEEN = re.compile(r"\s*[;|/]\s*|,\s+|\s+(?:or|and)\s+|\s+")
 _BARE = re.compile(r"[-+]?\$?\d[\d.,%]*")
 _OR_BEFORE = re.compile(r"\d[\s*$)]*\bor\b[\s*$(]*$", re.IGNORECASE)
 _SECOND = re.compile(r"^\s*(?:,|or|and|/|;|to|-)\s*[$\u20ac\u00a3]?\s?[-+]?\d")
+_POWER_AFTER = re.compile(r"^(?:[eE][-+]?|\*\*|\s*\^\s*\{?)-?\d")  # 1e9999 is no 1, and 9^9 no 9
+_POWER_BEFORE = re.compile(r"\d(?:\*\*|\s*\^\s*\{?)$")
 
 
 def read_number(text: str) -> Fraction | None:
@@ -329,10 +331,14 @@ def final_number(response: str) -> Fraction | None:
             return whole
         first = _IN_TEXT.search(stated)
         if first:
-            return None if _SECOND.match(stated[first.end():]) else read_number(first[0])
+            rest = stated[first.end():]
+            return None if _SECOND.match(rest) or _POWER_AFTER.match(rest) else read_number(first[0])
     last = _last(_IN_TEXT, response)
     # "41 or 42" and a bare list of numbers are guesses. (1 1/2 looks like a list too, and is read first.)
-    if last is None or _OR_BEFORE.search(response[max(0, last.start() - 20):last.start()]):
+    if last is None or _POWER_AFTER.match(response[last.end():last.end() + 20]):
+        return None
+    before = response[max(0, last.start() - 20):last.start()]
+    if _OR_BEFORE.search(before) or _POWER_BEFORE.search(before):
         return None
     parts = _BETWEEN.split(response.strip(" \n.$")) if len(response) < 1000 else []
     if len(parts) > 1 and all(_BARE.fullmatch(part) for part in parts):

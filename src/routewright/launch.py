@@ -68,6 +68,7 @@ def run(main: Callable[..., Any], argv: list[str]) -> int:
             resolved, source = resolve(options, argv)
             if first_rank:
                 print(_resolved_text(options, resolved, source), file=sys.stderr, flush=True)
+            _check_folder(resolved.get("output_dir"))
             main(**resolved)
         except BaseException as error:
             if not isinstance(error, (UserError, MissingSetup)):
@@ -104,6 +105,18 @@ def _last_frame(error: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return "unknown" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def _check_folder(output_dir: str | None) -> None:
+    """Raise UserError where the output folder cannot come to be, before hours of work are spent on it."""
+    if not output_dir:
+        return
+    path = Path(output_dir).absolute()
+    there = next(p for p in (path, *path.parents) if p.exists())
+    if not there.is_dir():
+        raise UserError(f"--output_dir {output_dir}: {there} is a file; name a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--output_dir {output_dir}: {there} cannot be written; name another folder")
 
 
 def _save(resolved: dict[str, Any], first_rank: bool) -> None:

@@ -16,6 +16,7 @@ from routewright import charts
 NONE = "n/a"
 THIN, MINUS = "\u00a0", "\u2212"  # a blank that does not break, a minus as long as a plus
 MARGIN = 0.02  # two points of quality: as much as an interval may reach below 0 and still be called the same quality
+CHARTS = ("frontier", "shares", "calibration", "budget", "tasks")
 COLUMNS = ("router", "role", "verdict", "versus_mix_points", "versus_mix_lo", "versus_mix_hi", "quality", "quality_lo",
            "quality_hi", "usd_per_1k", "cost_ratio", "parity_cost_ratio", "parity_cost_ratio_lo",
            "parity_cost_ratio_hi",
@@ -105,7 +106,7 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
         tone = "mixed" if tone == "good" else tone
     mix = point["versus_mix"]
     if mix["verdict"] != "beats":
-        word = "does as well" if mix["verdict"] == "ties" else "does better"
+        word = "may do as well" if mix["verdict"] == "ties" else "does better"
         detail += (f" A random mix of models that reads no prompt {word} at that cost (difference "
                    f"{points(mix['value'])} points, {span(mix, points)}).")
         tone = "mixed" if tone == "good" else tone
@@ -215,6 +216,9 @@ def reward_words(results: Mapping[str, Any]) -> str:
     said = f"{formula[reward['kind']]} (cost in USD per answer)"
     if reward["kind"] == "linear" and weight > 0:
         said += f": one point of quality on 1,000 prompts is worth {money(10.0 / weight)}"
+    if reward["cost_weight_source"] == "indifference":
+        said += (f"; the weight at which the cheapest and the best single model earn the same on the train and dev "
+                 f"prompts ({results['views'][0]['name']})")
     return said
 
 
@@ -330,7 +334,7 @@ def html(results: Mapping[str, Any], specs: Mapping[str, Any], examples: Mapping
         warnings=_warnings(results), methods=method_lines(results), reward_words=reward_words(results),
         level=_level(results), span=span, points=points, percent=percent, range=percent_range,
         versus=_versus_names(results), specs=_for_script(dict(specs)),
-        has={name: name in specs for name in ("budget", "tasks")},
+        has={name: name in specs for name in CHARTS},
         themes=_for_script({"light": {**charts.theme(), "background": "transparent"}, "dark": charts.theme(dark=True)}),
         vega=charts.page_script().replace("</script", "<\\/script"))
 

@@ -6,10 +6,14 @@ stopped job ends in 3 and one line, bad input in 2, a machine that lacks somethi
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from collections.abc import Sequence
 
 GO_ON = "run the same line again to go on from the last checkpoint"
+# They retell each end below the sentence that explains it; LOGLEVEL in the environment brings them back.
+CHATTY = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -18,6 +22,8 @@ def run(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
+    for name in CHATTY if "LOGLEVEL" not in os.environ else ():
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         main(list(argv))
         return 0

@@ -22,8 +22,8 @@ from typing import Any
 from routewright.errors import UserError
 
 MODES = ("auto", "online", "offline", "off")
-_SECRET_NAME = re.compile(r"(^|[_.-])(api[_-]?keys?|secret|password|passwd|credentials?|(hf|access|auth|bearer)[_-]?token)"
-                          r"($|[_.-])", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|[_.-])(api[_-]?keys?|secret|password|passwd|credentials?|"
+                          r"(hf|access|auth|bearer)[_-]?token)($|[_.-])", re.IGNORECASE)
 _SECRET_VARIABLE = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 
 

@@ -23,7 +23,7 @@ def test_outcomes_come_in_order_ungraded_and_measured(backend, prompts, name, sa
     asked = prompts[::-1]
     answers = backend.call_many(name, asked, sampling, sample)
     assert [a.prompt_id for a in answers] == [p.prompt_id for p in asked]
-    for answer, prompt in zip(answers, asked):
+    for answer, prompt in zip(answers, asked, strict=True):
         assert answer.as_prompt == prompt
         assert (answer.model_name, answer.sample) == (name, sample)
         assert answer.is_correct is None and answer.quality is None and not answer.grader and not answer.error

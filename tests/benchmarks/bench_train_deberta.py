@@ -148,8 +148,8 @@ def train(name: str, rows: list[dict], folder: Path) -> tuple[float, list[float]
         labels = np.array([r["labels"] for r in rows])
         examples = script.Examples([""] * len(rows), None, labels, [str(i) for i in range(len(rows))])
         from routewright.tracking import Silent
-        trainer = script.build_trainer(model, tokenizer, settings, examples, rows, rows[:1], source, method={},
-                                       weights=None, patience=0, tracker=Silent(), say=lambda text: None)
+        trainer = script.build_trainer(model, tokenizer, settings, (examples, examples), (rows, rows[:1]), source,
+                                       method={"patience": 0}, weights=None, tracker=Silent(), say=lambda text: None)
         trainer._get_train_sampler = lambda dataset=None: list(range(len(rows)))
     else:
         pad = router_data.PadBatch(tokenizer.pad_token_id, fixed_length=512 if name == "pad_512" else None)

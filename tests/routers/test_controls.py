@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 import pytest
-from planted import make_table, two_model_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import make_table, two_model_pool
 
 from routewright.errors import UserError
 from routewright.routers import make_router

@@ -401,11 +401,13 @@ def versions() -> dict[str, str]:
     return found
 
 
-def shaped(state: Mapping[str, np.ndarray], key: str, *shape: int | None) -> np.ndarray:
+def shaped(state: Mapping[str, np.ndarray], key: str, *shape: int | None, finite: bool = True) -> np.ndarray:
     """An array of the weights, if it has this shape (None: any size). KeyError or ValueError otherwise."""
     array = state[key]
     if array.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, array.shape, strict=True)):
         raise ValueError(f"{key} has shape {array.shape}")
+    if finite and not np.isfinite(array).all():
+        raise ValueError(f"{key} holds what is no number")
     return array
 
 

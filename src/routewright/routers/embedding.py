@@ -89,7 +89,7 @@ class EncoderRouter(Router):
         return {"constant": self.constant}
 
     def _set_state(self, state: dict[str, np.ndarray]) -> None:
-        self.constant = shaped(state, "constant", len(self.models))
+        self.constant = shaped(state, "constant", len(self.models), finite=False)
         self._set_fitted(state)
 
     def _set_fitted(self, state: dict[str, np.ndarray]) -> None:
