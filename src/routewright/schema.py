@@ -6,7 +6,7 @@ pool and dollars are derived from both (see `pool.Pool.cost`).
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 
@@ -91,13 +91,16 @@ class Outcome:
 
     def as_row(self) -> dict[str, Any]:
         """The JSON object of this outcome. Fields that hold nothing are left out, to keep the cache small."""
-        row = asdict(self)
-        usage = {k: v for k, v in row.pop("token_usage").items() if v}
         keep = {"prompt_id", "prompt", "model_name", "response", "is_correct", "quality"}
+        row = {}
+        for name in OUTCOME_FIELDS:  # not dataclasses.asdict: its deep copies take most of the time of loading a cache
+            value = getattr(self, name)
+            if name in keep or (value is not None and value != "" and name != "token_usage"):
+                row[name] = value
         if not self.sample:
             del row["sample"]
-        row = {k: v for k, v in row.items() if k in keep or (v is not None and v != "")}
-        row["token_usage"] = usage
+        usage = {name: getattr(self.token_usage, name) for name in USAGE_FIELDS}
+        row["token_usage"] = {name: value for name, value in usage.items() if value}
         return row
 
     @property
