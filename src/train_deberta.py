@@ -24,7 +24,7 @@ checkpoints `checkpoint-<step>` with a name `checkpoint_epoch_<k>` for each epoc
 dev_scores.json and config.resolved.yaml. CoBench's default OUT is `deberta_checkpoints`; here it stands under
 data/runs/, which git ignores. The same line again goes on where a stopped run was.
 
-Measured on one AMD EPYC core (torch 2.13.0+cpu): the bare run with `tiny` (600 rows, 3 epochs) takes 15 CPU seconds and
+Measured on one AMD EPYC core (torch 2.13.0+cpu): the bare run with `tiny` (400 rows, 3 epochs) takes 11 CPU seconds and
 0.7 GB, half of the time in imports; a 22.7M-parameter encoder at batch 32 trains on 1,200 useful tokens a CPU second in
 fp32 and 2,400 in bf16 (tests/benchmarks/bench_train_deberta.py). No GPU was measured; CoBench reports about 8 GB per
 GPU for DeBERTa-v3-base.
