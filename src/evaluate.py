@@ -7,8 +7,8 @@ Reads an outcome cache (outcomes.jsonl.gz and pool.yaml) and router folders; rou
 cache's train split. Settings are chosen on dev and reported on test, with paired intervals over prompts. Writes
 report.html (one file, opens offline), leaderboard.md, comparison.json, results_<router>.json, decisions.parquet,
 samples.csv, PNG charts, provenance.json and timing.json, and records the run in W&B (offline without a key).
-About 10 CPU seconds for the sample cache (2,000 prompts, 5 fitted routers, 1,000 resamples), most of it fitting; scoring
-100,000 prompts x 20 models x 6 routers takes 8 s and 1.1 GB once the estimates are there (one EPYC core).
+About 10 CPU seconds for the sample cache (2,000 prompts, 5 fitted routers, 1,000 resamples), most of it fitting;
+scoring 100,000 prompts x 20 models x 6 routers takes 8 s and 1.1 GB once the estimates are there (one EPYC core).
 """
 
 from __future__ import annotations

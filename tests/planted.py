@@ -1,4 +1,4 @@
-"""Data that several tests plant: a two-model pool, outcomes with a known signal, and where the real MiniLM weights are."""
+"""Data that several tests plant: a two-model pool, outcomes with a known signal, the real MiniLM weights."""
 
 from __future__ import annotations
 

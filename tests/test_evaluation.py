@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from planted import make_outcomes, make_table, two_model_pool
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planted import make_outcomes, make_table, two_model_pool
 
 from routewright import metrics
 from routewright.decide import expected_cost

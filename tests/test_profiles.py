@@ -20,7 +20,7 @@ def test_accelerate_launches_a_script(root):
     import subprocess
     import sys
 
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-                           str(root / "accelerate_configs" / "cpu.yaml"), str(root / "src" / "train_deberta.py"), "--help"],
-                          capture_output=True, text=True, cwd=root)
+    profile, script = root / "accelerate_configs" / "cpu.yaml", root / "src" / "train_deberta.py"
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script),
+                           "--help"], capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and "--cache" in done.stdout, done.stderr

@@ -755,7 +755,7 @@ def two_model_scores(estimate: np.ndarray, table: OutcomeTable) -> dict[str, flo
 def _check(board: Board, world: list[dict[str, Any]], places: Mapping) -> None:
     """What must hold whatever the data: nobody beats the oracle, on the data or on any resample."""
     for (name, view), place in places.items():
-        for point, handles in place.points.items():
+        for handles in place.points.values():
             for key in ("quality", "reward"):
                 best = board[world[view]["oracle"][key]]  # nan where a resample holds no prompt of a small view
                 above = board[handles[key]] - best

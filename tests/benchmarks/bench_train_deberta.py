@@ -39,10 +39,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 
-import numpy as np
+import numpy as np  # noqa: E402
 
-import train_deberta as script
-from routewright import router_data
+import train_deberta as script  # noqa: E402
+from routewright import router_data  # noqa: E402
 
 DATA = ROOT.parent / "shared" / "data"
 BATCH = 32
