@@ -20,7 +20,8 @@ def test_accelerate_launches_a_script(root):
     import subprocess
     import sys
 
-    profile, script = root / "accelerate_configs" / "cpu.yaml", root / "src" / "train_deberta.py"
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(profile), str(script),
-                           "--help"], capture_output=True, text=True, cwd=root)
+    profile = root / "accelerate_configs" / "cpu.yaml"
+    script = root / "src" / "train_deberta.py"
+    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", profile, script, "--help"],
+                          capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and "--cache" in done.stdout, done.stderr
