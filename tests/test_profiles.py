@@ -22,6 +22,6 @@ def test_accelerate_launches_a_script(root):
 
     profile = root / "accelerate_configs" / "cpu.yaml"
     script = root / "src" / "train_deberta.py"
-    done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", profile, script, "--help"],
-                          capture_output=True, text=True, cwd=root)
+    line = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", profile, script, "--help"]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0 and "--cache" in done.stdout, done.stderr
