@@ -132,3 +132,14 @@ def test_yaml_that_is_no_mapping_of_names(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(UserError, match=said):
         read_yaml(path)
+
+
+def test_a_bad_line_is_named_exactly_and_may_be_passed_over(tmp_path):
+    """Five lines in one block of the file: the line of the bad bytes is named, not the line read so far."""
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(GOOD.encode() * 2 + b'{"a": "\xff"}\n' + b"not json\n" + GOOD.encode())
+    with pytest.raises(UserError, match=r"rows\.jsonl:3: not valid UTF-8"):
+        list(read_jsonl(path))
+    bad: list[UserError] = []
+    assert [number for number, _ in read_jsonl(path, bad.append)] == [1, 2, 5]
+    assert [str(error).split(": ")[0] for error in bad] == [f"{path}:3", f"{path}:4"]

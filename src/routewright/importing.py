@@ -31,10 +31,10 @@ from routewright.prompts import assign_splits, check_straddle, check_text, group
 from routewright.schema import Outcome, TokenUsage
 from routewright.textfiles import (
     DAMAGED_GZIP,
+    damage,
     nearest,
     need_file,
     open_text,
-    parse_row,
     read_jsonl,
     write_atomic,
     write_json,
@@ -76,33 +76,7 @@ class Notes:
 
 def _json_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) per row. With skip_bad, lines that are no JSON objects are counted and passed over."""
-    if not notes.skip_bad:
-        yield from read_jsonl(path)
-        return
-    number = 0
-    with open_text(path) as reader:
-        lines = enumerate(reader.buffer, 1)
-        while True:
-            try:
-                number, raw = next(lines, (number, None))
-            except DAMAGED_GZIP as error:
-                raise UserError(f"{path}:{number + 1}: the gzip file is damaged or cut short ({error}); "
-                                "fetch or write it again") from None
-            if raw is None:
-                break
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                row = parse_row(line, f"{path}:{number}", torn=not line.endswith("\n"))
-            except UnicodeDecodeError as error:
-                notes.bad(UserError(f"{path}:{number}: not valid UTF-8 ({error.reason} at byte {error.start})"))
-            except UserError as error:
-                notes.bad(error)
-            else:
-                yield number, row
-    if not number:
-        raise UserError(f"{path}: the file is empty; one JSON object per line is needed")
+    return read_jsonl(path, notes.bad if notes.skip_bad else None)
 
 
 def _csv_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -130,12 +104,8 @@ def _csv_rows(path: Path, notes: Notes) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield line, dict(zip(header, record, strict=True))
         except csv.Error as error:
             raise UserError(f"{path}:{start}: not CSV ({error}); the record that starts here is damaged") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}:{start}: not valid UTF-8 ({error.reason} at byte {error.start}); "
-                            "re-save the file as UTF-8") from None
-        except DAMAGED_GZIP as error:
-            raise UserError(f"{path}:{start}: the gzip file is damaged or cut short ({error}); "
-                            "fetch or write it again") from None
+        except (UnicodeDecodeError, *DAMAGED_GZIP) as error:
+            raise damage(error, f"{path}:{start}") from None
 
 
 def _is_csv(path: Path) -> bool:

@@ -47,29 +47,46 @@ def open_text(path: str | Path) -> io.TextIOBase:
     return open(path, encoding="utf-8-sig")
 
 
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(path: str | Path,
+               on_bad: Callable[[UserError], None] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of each line. Blank lines are passed over.
 
-    Raises UserError at the first line that is no JSON object: torn lines, bad UTF-8, duplicate keys, NaN.
-    An empty file raises too: nothing downstream can use it.
+    Raises UserError at the first line that is no JSON object: torn lines, bad UTF-8, duplicate keys, NaN. With `on_bad`
+    that error is handed over instead, and reading goes on unless `on_bad` raises. A damaged gzip file always raises,
+    and so does an empty file: nothing downstream can use it.
     """
     number = 0
     seen = False
     try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                seen = True
-                yield number, parse_row(line, f"{path}:{number}", torn=not line.endswith("\n"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}: not valid UTF-8 ({error.reason} at byte {error.start}); "
-                        "re-save the file as UTF-8") from None
+        with open_text(path) as reader:
+            # Bytes are decoded line by line: a text reader decodes ahead, and would name the wrong line.
+            for number, raw in enumerate(reader.buffer, 1):
+                where = f"{path}:{number}"
+                try:
+                    line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+                    if not line.strip():
+                        continue
+                    seen = True
+                    row = parse_row(line, where, torn=not line.endswith("\n"))
+                except (UserError, UnicodeDecodeError) as error:
+                    seen = True
+                    named = error if isinstance(error, UserError) else damage(error, where)
+                    if on_bad is None:
+                        raise named from None
+                    on_bad(named)
+                else:
+                    yield number, row
     except DAMAGED_GZIP as error:
-        raise UserError(f"{path}:{number + 1}: the gzip file is damaged or cut short ({error}); "
-                        "fetch or write it again") from None
+        raise damage(error, f"{path}:{number + 1}") from None
     if not seen:
         raise UserError(f"{path}: the file is empty; one JSON object per line is needed")
+
+
+def damage(error: Exception, where: str) -> UserError:
+    """The sentence for bytes that cannot be read: UnicodeDecodeError, or one of DAMAGED_GZIP."""
+    if isinstance(error, UnicodeDecodeError):
+        return UserError(f"{where}: not valid UTF-8 ({error.reason} at byte {error.start}); re-save the file as UTF-8")
+    return UserError(f"{where}: the gzip file is damaged or cut short ({error}); fetch or write it again")
 
 
 def parse_row(line: str, where: str, torn: bool = False) -> dict[str, Any]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from routewright.errors import UserError
-from routewright.textfiles import nearest, open_text, read_jsonl
+from routewright.textfiles import nearest, read_jsonl
 
 PAIR_FIELDS = ("question", "llm_id", "label")
 
@@ -43,7 +44,8 @@ def read_pairs(path: str | Path, num_labels: int = 2, skip_bad: int = 0) -> Pair
     Up to `skip_bad` bad rows are passed over and listed in `.skipped`; one more raises UserError naming file and line.
     """
     questions, llm_ids, labels, lines, skipped = [], [], [], [], []
-    for number, row in _rows(path, skip_bad, skipped):
+    on_bad = partial(_skip, skip_bad=skip_bad, skipped=skipped) if skip_bad else None
+    for number, row in read_jsonl(path, on_bad):
         try:
             question, llm_id, label = _pair(row, f"{path}:{number}", num_labels)
         except UserError as error:
@@ -68,25 +70,6 @@ def pairs_of_table(table: Any) -> PairData:
     llm_ids = [name for _ in table.prompts for name in table.models]
     labels = (np.asarray(table.quality) >= 0.5).astype(np.int64).reshape(-1)
     return PairData(questions, llm_ids, labels, list(range(1, len(questions) + 1)), "cache")
-
-
-def _rows(path: str | Path, skip_bad: int, skipped: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """read_jsonl, going on after a line that is no JSON object while skips are left."""
-    if not skip_bad:
-        yield from read_jsonl(path)
-        return
-    from routewright.textfiles import parse_row
-
-    with open_text(path) as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_row(line, f"{path}:{number}", torn=not line.endswith("\n"))
-            except UserError as error:
-                _skip(error, skip_bad, skipped)
-                continue
-            yield number, row
 
 
 def _skip(error: UserError, skip_bad: int, skipped: list[str]) -> None:
