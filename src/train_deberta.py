@@ -319,7 +319,8 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
         data_collator=router_data.PadBatch(tokenizer.pad_token_id, 8 if torch.cuda.is_available() else 1),
         compute_metrics=lambda found: validation_metrics(found.predictions, found.label_ids, source),
         callbacks=callbacks, row_names=parts[0].names, fingerprints={**digests, "config": method})
-    # Encoders accept any keyword, which the library takes for "divides its loss by the accumulation steps".
+    # compute_loss takes a plain mean whatever the model's own forward does, so it never divides by the accumulation
+    # steps; the safety net can only judge by that forward.
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
