@@ -33,9 +33,6 @@ GPU for DeBERTa-v3-base.
 from __future__ import annotations
 
 import os
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,7 +43,8 @@ from routewright.base_models import Base, choose_precision, find_base, load_pret
 from routewright.errors import UserError
 from routewright.launch import launch
 from routewright.router_data import Examples, Source
-from routewright.textfiles import nearest, write_json
+from routewright.textfiles import write_json
+from routewright.training import LOG_STEPS, Say, check_trainer_names, console, is_score, make_reporter, quiet_libraries
 
 LEARNING_RATE = 2e-5
 TINY_LEARNING_RATE = 1e-3  # weights that start from nothing want bigger steps
@@ -54,9 +52,6 @@ OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size"
          "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
          "bf16": "precision", "fp16": "precision", "report_to": "wandb"}
 
-LOG_STEPS, LOG_SECONDS = 25, 30.0  # a console line at least this often
-
-Say = Callable[[str], None]
 Rows = list[dict[str, Any]]
 
 
@@ -95,8 +90,7 @@ def main(
     check_only: bool = False,  # check options, rows and weights, then stop
     trainer: dict | None = None,  # more settings under their transformers.TrainingArguments names
 ) -> None:
-    speaks = os.environ.get("RANK", "0") == "0"
-    say: Say = (lambda text: print(text, file=sys.stderr, flush=True)) if speaks else (lambda text: None)
+    say = console()
     extra = check_options(locals())
     out = Path(output_dir)
 
@@ -163,45 +157,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     if given["global_batch_size"] % whole:
         raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
                         f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
-    return check_trainer_names(dict(given["trainer"] or {}))
-
-
-def check_trainer_names(extra: dict[str, Any]) -> dict[str, Any]:
-    if not extra:
-        return extra
-    from dataclasses import fields
-
-    from transformers import TrainingArguments
-    known = {f.name: f for f in fields(TrainingArguments) if f.init}
-    for name, value in extra.items():
-        if name in OWNED:
-            raise UserError(f"--trainer.{name}: this script sets it; use --{OWNED[name]}")
-        if name not in known:
-            raise UserError(f"--trainer.{name}: transformers.TrainingArguments has no such setting"
-                            f"{nearest(name, known)}")
-        default = known[name].default
-        number = isinstance(value, (int, float))
-        if type(default) in (bool, int, float) and (not number or isinstance(default, bool) != isinstance(value, bool)):
-            raise UserError(f"--trainer.{name}: {value!r} is no {type(default).__name__} (its default is {default!r})")
-    return extra
-
-
-def quiet_libraries() -> None:
-    """Leave the console to the run: progress bars per saved file and notes about packages that play no part here."""
-    import contextlib
-    import io
-    import logging
-
-    import torch
-    for name in ("bitsandbytes", "accelerate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, imported by accelerate, warns of a missing GPU
-    with contextlib.redirect_stdout(io.StringIO()):
-        import transformers.trainer  # noqa: F401 - it prints a line about W&B on import
-    from transformers.utils import logging as hf_logging
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
+    return check_trainer_names(dict(given["trainer"] or {}), OWNED)
 
 
 # --- model ------------------------------------------------------------------------------------------------------------
@@ -311,7 +267,7 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
             found.metrics[f"{metric_key_prefix}_loss"] = float(router_loss(*rows, source, weights))
             return found
 
-    callbacks = [EpochNames(), make_reporter(order, tracker, say)]
+    callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
     if method["patience"] and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(method["patience"]))
     trainer = RouterTrainer(
@@ -345,59 +301,6 @@ def router_loss(logits: Any, labels: Any, source: Source, weights: np.ndarray | 
     if source.pool or source.num_labels == 1:
         return F.binary_cross_entropy_with_logits(logits, labels.float().view_as(logits), pos_weight=weight)
     return F.cross_entropy(logits, labels, weight=weight, reduction="none").mean()
-
-
-def make_reporter(order: router_data.LengthGroupedOrder, tracker: Any, say: Say) -> Any:
-    """Console lines and tracker scalars from the library's log events, and the epoch for the batch order."""
-    from transformers import TrainerCallback
-
-    class Reporter(TrainerCallback):
-        began = spoke = time.monotonic()
-        first_step = 0
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.began = self.spoke = time.monotonic()
-            self.first_step = state.global_step
-
-        def tell(self, state: Any, words: str) -> None:
-            self.spoke = time.monotonic()
-            made, left = state.global_step - self.first_step, state.max_steps - state.global_step
-            wait = f"  at most {span((self.spoke - self.began) / made * left)} left" if made and left else ""
-            say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {words}{wait}")
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if time.monotonic() - self.spoke > LOG_SECONDS and not control.should_log:
-                self.tell(state, "training")
-
-        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if time.monotonic() - self.spoke > LOG_SECONDS:
-                self.tell(state, "scoring the validation rows")
-
-        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            order.set_epoch(int(state.epoch or 0))
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-            if not state.is_world_process_zero or not logs or "train_runtime" in logs:
-                return
-            shown = {name: value for name, value in logs.items() if is_score(name) and isinstance(value, (int, float))}
-            scalars = {f"dev/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in shown.items()}
-            tracker.log(scalars, step=state.global_step)
-            words = "  ".join(f"{k.replace('eval_', 'dev ')} {v:.4g}" for k, v in shown.items() if k != "epoch")
-            self.tell(state, words)
-
-    return Reporter()
-
-
-def span(seconds: float) -> str:
-    """A length of time as a person says it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def is_score(name: str) -> bool:
-    """Whether a figure of the library's logs says something about the model, not about the clock."""
-    return not name.endswith(("_runtime", "_per_second", "_time", "flos"))
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

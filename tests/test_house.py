@@ -13,10 +13,10 @@ import pytest
 FLOORS = {
     1: {"schema", "errors"},
     2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates",
-        "decide", "importing", "charts", "report", "launch", "scoring"},
+        "decide", "importing", "charts", "report", "launch", "scoring", "calibration"},
     3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation",
         "router_data", "tiny_deberta", "base_models", "torchrun",
-        "rank_watch"},
+        "rank_watch", "training", "language_models", "monitor", "shared_prefix", "hidden_states"},
 }
 MAY_IMPORT = {
     1: {"numpy"},

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from routewright.calibration import fit_logistic, sigmoid
 from routewright.routers import make_router
-from routewright.routers.embedding import fit_logistic, initial_factors, log_loss, sigmoid, train_factors
+from routewright.routers.embedding import initial_factors, log_loss, train_factors
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from routewright.calibration import fit_logistic, sigmoid
 from routewright.encoders import Encoder, make_encoder
 from routewright.errors import UserError
 from routewright.routers.base import Router, prompt_text, shaped
@@ -35,10 +36,6 @@ def log_loss(labels: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     """Mean cross-entropy per model, (M,), of soft labels (N, M); the proper score every choice on dev uses."""
     p = np.clip(estimate, _EPS, 1 - _EPS)
     return -(labels * np.log(p) + (1 - labels) * np.log(1 - p)).mean(axis=0)
-
-
-def sigmoid(z: np.ndarray) -> np.ndarray:
-    return 0.5 * (1.0 + np.tanh(0.5 * z))
 
 
 @dataclass(kw_only=True)
@@ -249,29 +246,6 @@ class LinearRouter(EncoderRouter):
         self.chosen_l2 = shaped(state, "l2", m).tolist()
         if self.standardise:
             self.scale = tuple(shaped(state, key, len(self.weights)) for key in ("scale_mean", "scale_factor"))
-
-
-def fit_logistic(x: np.ndarray, y: np.ndarray, l2: float,
-                 start: tuple[np.ndarray, np.ndarray] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (D, M) and bias (M,) of M logistic regressions on soft labels y (N, M): mean cross-entropy plus
-    l2 / 2 |w|^2, the bias free. They share no parameter, so one L-BFGS run fits them all."""
-    from scipy.optimize import minimize
-
-    n, m = y.shape
-    x = np.ascontiguousarray(x, dtype=np.float64)
-    mean = np.clip(y.mean(axis=0), 1e-4, 1 - 1e-4)
-    weights, bias = start or (np.zeros((x.shape[1], m)), np.log(mean / (1 - mean)))
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        w, b = flat[:-m].reshape(-1, m), flat[-m:]
-        z = x @ w + b
-        value = (np.logaddexp(0.0, z) - y * z).sum() / n + 0.5 * l2 * (w * w).sum()
-        slope = (sigmoid(z) - y) / n
-        return value, np.concatenate([(x.T @ slope + l2 * w).ravel(), slope.sum(axis=0)])
-
-    found = minimize(loss, np.concatenate([weights.ravel(), bias]), jac=True, method="L-BFGS-B",
-                     options={"maxiter": 300, "ftol": 1e-9, "gtol": 1e-6})
-    return found.x[:-m].reshape(-1, m), found.x[-m:]
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,120 @@
+"""What every training script does the same way: its console, its tracker scalars, and the check of `--trainer.*`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from routewright.errors import UserError
+from routewright.textfiles import nearest
+
+LOG_STEPS, LOG_SECONDS = 25, 30.0  # a console line at least this often
+
+Say = Callable[[str], None]
+
+
+def console() -> Say:
+    """Prints to stderr on rank 0; silent on every other rank."""
+    if os.environ.get("RANK", "0") != "0":
+        return lambda text: None
+    return lambda text: print(text, file=sys.stderr, flush=True)
+
+
+def check_trainer_names(extra: dict[str, Any], owned: Mapping[str, str],
+                        arguments: str = "transformers:TrainingArguments") -> dict[str, Any]:
+    """The settings of `--trainer.*`, if the library knows each and none is the script's own. Raises UserError.
+
+    owned: library name -> the script's option for it. arguments: module:class of the library's settings.
+    """
+    if not extra:
+        return extra
+    import importlib
+    from dataclasses import fields
+
+    module, _, cls = arguments.partition(":")
+    known = {f.name: f for f in fields(getattr(importlib.import_module(module), cls)) if f.init}
+    for name, value in extra.items():
+        if name in owned:
+            raise UserError(f"--trainer.{name}: this script sets it; use --{owned[name]}")
+        if name not in known:
+            raise UserError(f"--trainer.{name}: {module}.{cls} has no such setting{nearest(name, known)}")
+        default = known[name].default
+        number = isinstance(value, (int, float))
+        if type(default) in (bool, int, float) and (not number or isinstance(default, bool) != isinstance(value, bool)):
+            raise UserError(f"--trainer.{name}: {value!r} is no {type(default).__name__} (its default is {default!r})")
+    return extra
+
+
+def quiet_libraries() -> None:
+    """Leave the console to the run: progress bars per saved file and notes about packages that play no part here."""
+    import contextlib
+    import io
+    import logging
+
+    import torch
+    for name in ("bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, imported by accelerate, warns of a missing GPU
+    with contextlib.redirect_stdout(io.StringIO()):
+        import transformers.trainer  # noqa: F401 - it prints a line about W&B on import
+    from transformers.utils import logging as hf_logging
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+
+
+def make_reporter(tracker: Any, say: Say, on_epoch: Callable[[int], None] | None = None) -> Any:
+    """A callback: console lines and tracker scalars from the library's logs; `on_epoch` hears each epoch begin."""
+    from transformers import TrainerCallback
+
+    class Reporter(TrainerCallback):
+        began = spoke = time.monotonic()
+        first_step = 0
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.began = self.spoke = time.monotonic()
+            self.first_step = state.global_step
+
+        def tell(self, state: Any, words: str) -> None:
+            self.spoke = time.monotonic()
+            made, left = state.global_step - self.first_step, state.max_steps - state.global_step
+            wait = f"  at most {span((self.spoke - self.began) / made * left)} left" if made and left else ""
+            say(f"step {state.global_step}/{state.max_steps}  epoch {state.epoch or 0:.2f}  {words}{wait}")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if time.monotonic() - self.spoke > LOG_SECONDS and not control.should_log:
+                self.tell(state, "training")
+
+        def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if time.monotonic() - self.spoke > LOG_SECONDS:
+                self.tell(state, "scoring the validation rows")
+
+        def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if on_epoch:
+                on_epoch(int(state.epoch or 0))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
+            if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+                return
+            shown = {name: value for name, value in logs.items() if is_score(name) and isinstance(value, (int, float))}
+            scalars = {f"dev/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in shown.items()}
+            tracker.log(scalars, step=state.global_step)
+            words = "  ".join(f"{k.replace('eval_', 'dev ')} {v:.4g}" for k, v in shown.items() if k != "epoch")
+            self.tell(state, words)
+
+    return Reporter()
+
+
+def span(seconds: float) -> str:
+    """A length of time as a person says it."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def is_score(name: str) -> bool:
+    """Whether a figure of the library's logs says something about the model, not about the clock."""
+    return not name.endswith(("_runtime", "_per_second", "_time", "flos"))
