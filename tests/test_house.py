@@ -23,7 +23,7 @@ MAY_IMPORT = {
     2: {"numpy", "pandas", "pyarrow", "yaml", "fire", "numba", "scipy", "vl_convert", "jinja2", "rich", "datasketch",
         "math_verify", "latex2sympy2_extended"},
     3: {"torch", "transformers", "peft", "litellm", "starlette", "sklearn", "sentence_transformers", "tokenizers",
-        "safetensors", "wandb", "datasets", "accelerate", "huggingface_hub", "PIL"},
+        "safetensors", "wandb", "datasets", "accelerate", "huggingface_hub", "PIL", "trl", "bitsandbytes", "deepspeed"},
 }
 TOP_LEVEL = {"README.md", "CHANGELOG.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci", "cmd",
              "src", "data", "configs", "accelerate_configs", "tests"}

@@ -51,6 +51,12 @@ ROUTER_KINDS: dict[str, str] = {  # kind -> module:class, imported on use so tha
     "mf": "embedding:MfRouter",
     "deberta": "deberta:DebertaRouter",
     "trained_deberta": "deberta:TrainedDebertaRouter",
+    "llm": "llm:LlmRouter",
+    "dpo": "llm:DpoRouter",
+    "probe": "probe:ProbeRouter",
+    "self_questioning": "scores:SelfQuestioningRouter",
+    "logit_score": "scores:LogitScoreRouter",
+    "semantic_entropy": "scores:SemanticEntropyRouter",
 }
 _CARD_TYPES = {"kind": str, "name": str, "options": dict, "decision": dict, "pool": dict, "train_prompts": list}
 _PROBE_PROMPTS = 64  # how many prompts are timed when overhead is asked for before any estimate
