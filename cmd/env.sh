@@ -10,6 +10,9 @@ if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then
     . "$ROOT/.venv/bin/activate"
 fi
 
+# `accelerate launch --config rtx4060.yaml ...` as people type it: cmd/bin/accelerate stands before the library's own.
+case "$PATH" in "$ROOT/cmd/bin:"*) ;; *) export PATH="$ROOT/cmd/bin:$PATH" ;; esac
+
 # Waiting OpenMP threads sleep instead of spinning, which makes a busy machine many times slower.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Makes the project ready: creates or reuses .venv and installs requirements.txt. Idempotent; needs no key.
 # An active environment (VIRTUAL_ENV) is used as it is and topped up. `--tests` adds what the tests need.
+# In the project's own .venv, and only there, `accelerate` becomes a pointer to cmd/bin/accelerate, which says why.
 # Takes 2 to 5 minutes and 2.2 GB (CPU build of torch) the first time, a second afterwards.
 set -euo pipefail
-ROOT="$(cd "$(dirname "$0")/.." && pwd)"
+ROOT="$(cd "$(dirname "$0")/.." && pwd -P)"
 cd "$ROOT"
 
 files=(requirements.txt)
@@ -37,4 +38,13 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
     for file in "${files[@]}"; do arguments+=(-r "$file"); done
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${arguments[@]}" 2>&1 | { grep -v "is ignored: it is neither" || true; }
     echo "$wanted" > "$stamp"
+fi
+
+# pip writes the library's own again whenever it installs accelerate, so this is looked at in every call.
+if [ "$(cd "$venv" && pwd -P)" = "$ROOT/.venv" ] && ! grep -qsF "$ROOT/cmd/bin/accelerate" "$venv/bin/accelerate"; then
+    echo "writing $venv/bin/accelerate: it also takes --config rtx4060.yaml before the script (see cmd/bin/accelerate)"
+    printf '#!/bin/sh\n# Written by cmd/setup.sh.\nexec "%s" "%s" "$@"\n' "$venv/bin/python" "$ROOT/cmd/bin/accelerate" \
+        > "$venv/bin/accelerate.new"
+    chmod +x "$venv/bin/accelerate.new"
+    mv "$venv/bin/accelerate.new" "$venv/bin/accelerate"
 fi

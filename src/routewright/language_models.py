@@ -1,0 +1,504 @@
+"""Causal language models as routers: loading them, what they read, and the logits of the few tokens they answer with.
+
+A router made of a language model answers with one token out of a short list (see `templates`). So nothing is sampled
+and nothing is parsed: `encode_instructions` makes the same token ids in training and in serving, `label_logits` reads
+the logits of the allowed tokens at the last position in one batched forward pass, and `features` turns them into
+what `calibration` takes.
+
+Weights come from a folder or the local Hugging Face cache, as everywhere in this package. Four-bit loading (NF4) works
+on a GPU and, slowly, on a CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from routewright.base_models import Base, fetch_weights
+from routewright.errors import MissingSetup, UserError
+from routewright.templates import WRAPS, Template, wrap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LARGEST = 7_000_000_000  # parameters of a base model; beyond, LoRA on one laptop GPU is out of reach
+ADAPTER_CARD = "adapter_config.json"
+DTYPES = ("fp32", "bf16")
+MOST_TOKENS = 32_768  # of a batch with its padding: long prompts travel in smaller batches
+SAMPLE_MODEL = Path(__file__).parents[2] / "data" / "sample" / "models" / "strong"
+_SENTINEL = "\u2402prompt\u2403"  # stands for the instruction while a chat template is taken apart
+_PROBES = ("Why?", "What is it.\n")  # after which a label must be one token; "" too where the wrap has an end
+
+Say = Callable[[str], None]
+log = logging.getLogger(__name__)
+
+
+# ---------------------------------------------------------------- finding and sizing
+
+def find_causal(name: str, say: Say, default: str) -> Base:
+    """The base model: a folder, a hub id, or `auto` for `default`, which falls back to a sample model with a warning.
+
+    Raises MissingSetup within seconds, naming the download command, for a model asked for by name.
+    """
+    try:
+        return Base(default if name == "auto" else name, fetch_weights(default if name == "auto" else name))
+    except MissingSetup as error:
+        if name != "auto" or not SAMPLE_MODEL.is_dir():
+            raise
+        say(f"WARNING: {error}.\nWARNING: going on with {SAMPLE_MODEL.name!r} of the sample pool, a model of half a "
+            f"million parameters that knows sums and little else; it is no match for {default}")
+        return Base(str(SAMPLE_MODEL), SAMPLE_MODEL)
+
+
+def count_parameters(folder: str | Path) -> int:
+    """Parameters of a model folder, from the headers of its weight files (nothing is loaded), else from its config.
+
+    Of an adapter folder, those of its base. Raises UserError or MissingSetup when the folder says neither.
+    """
+    folder = Path(folder)
+    if (folder / ADAPTER_CARD).is_file():
+        return count_parameters(adapter_base(folder))
+    config = _read_json(folder / "config.json")
+    files = sorted(folder.glob("model*.safetensors"))
+    if files and "quantization_config" not in config:  # packed weights have other shapes than the parameters
+        return sum(_header_parameters(file) for file in files)
+    return _meta_parameters(folder)
+
+
+def check_size(folder: str | Path, name: str, largest: int = LARGEST) -> int:
+    """The parameter count of a base model. Raises UserError when it has more than `largest`."""
+    count = count_parameters(folder)
+    if count > largest:
+        raise UserError(f"{name}: the base model has {count / 1e9:.2f} billion parameters and this profile takes up to "
+                        f"{largest / 1e9:.2f} billion; take a smaller one, such as Qwen/Qwen2.5-1.5B-Instruct")
+    return count
+
+
+def _header_parameters(file: Path) -> int:
+    try:
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length < 1 << 28:
+                raise ValueError("no safetensors header")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as safetensors ({error}); fetch the file again") from None
+    return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+def _meta_parameters(folder: Path) -> int:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).num_parameters()
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_loading(folder, error) from None
+
+
+# ---------------------------------------------------------------- loading
+
+def load_causal(folder: str | Path, *, four_bit: bool = False, dtype: str = "fp32",
+                trainable_adapter: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
+    """(model, tokenizer) of a causal language model, in eval mode, on the GPU where there is one.
+
+    folder: weights, a hub id in the local cache, or an adapter folder (`adapter_config.json`), whose base is found and
+    loaded the same way. four_bit: NF4 with double quantisation and bf16 compute; `dtype` is then that of everything
+    which is not quantised. The tokenizer has a pad token.
+
+    Raises MissingSetup (no weights, no bitsandbytes) or UserError (weights missing from the files).
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be {' or '.join(DTYPES)}; got {dtype!r}")
+    from routewright.encoders import find_weights, load_tokenizer
+
+    folder = find_weights(folder)
+    if (folder / ADAPTER_CARD).is_file():
+        return _load_adapter(folder, four_bit, dtype, trainable_adapter)
+    _check_has_weights(folder)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    model = _from_pretrained(folder, four_bit, dtype)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise UserError(f"{folder}: the tokenizer knows {len(tokenizer)} tokens and the model {rows}; they do not "
+                        "belong together, so fetch the whole folder again")
+    return model, tokenizer
+
+
+def adapter_base(folder: str | Path) -> Path:
+    """The folder of the base model that an adapter belongs to: found on this machine, never downloaded."""
+    from routewright.encoders import find_weights
+
+    folder = Path(folder)
+    name = _read_json(folder / ADAPTER_CARD).get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{folder / ADAPTER_CARD}: base_model_name_or_path is missing; train the adapter again")
+    card = folder / "router.json"
+    other = _read_json(card).get("base_model") if card.is_file() else None
+    for candidate in (name, other):
+        if candidate and candidate != str(folder):
+            try:
+                return find_weights(candidate)
+            except MissingSetup:
+                continue
+    hub = other if isinstance(other, str) and other.count("/") == 1 else name
+    raise MissingSetup(f"{folder}: the adapter's base model {name!r} is not on this machine; fetch it with `hf "
+                       f"download {hub}`, or put its folder where {ADAPTER_CARD} says")
+
+
+def weights_hash(folder: str | Path) -> str:
+    """A name for the weights of a model folder that changes with them: its weight files' sizes, heads and tails."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).glob("model*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}\x1f{size}\x1f".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(1 << 20))
+            stream.seek(max(0, size - (1 << 20)))
+            digest.update(stream.read())
+    return digest.hexdigest()[:16]
+
+
+def _from_pretrained(folder: Path, four_bit: bool, dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from routewright.encoders import quiet_loading, torch_device
+
+    device = torch_device()
+    low = four_bit or dtype == "bf16"
+    more = {"quantization_config": _four_bit_config(), "device_map": {"": device}} if four_bit else {}
+    try:
+        with quiet_loading():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.bfloat16 if low else torch.float32, local_files_only=True, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, **more)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise _not_loading(folder, error) from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{folder}: {len(missing)} weights are not in the file (first: {missing[0]}), so parts of the "
+                        "model would be random; this is no causal language model, or its file is damaged: fetch the "
+                        "whole folder again")
+    if four_bit:
+        keep_unpacked(model)
+        if dtype == "fp32":
+            _widen(model)
+        return model.eval()
+    return model.to(device).eval()
+
+
+def _four_bit_config() -> Any:
+    import importlib.util
+
+    import torch
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingSetup("four-bit loading needs the package bitsandbytes, which is not installed; run "
+                           "`pip install bitsandbytes`, or go without --four_bit")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line about an optional package at every import
+    if not torch.cuda.is_available():
+        _say_slow()
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+@lru_cache(maxsize=1)
+def _say_slow() -> None:
+    log.warning("4-bit on the CPU: slow")
+
+
+def keep_unpacked(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights at the first forward pass in eval mode.
+
+    On CPUs with AVX512_BF16 it does so for good, and training then raises or silently loses gradients.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _widen(model: Any) -> None:
+    """Everything that is not quantised in float32, as peft's preparation for training leaves it."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+            parameter.data = parameter.data.float()
+
+
+def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> tuple[Any, Any]:
+    from peft import PeftModel
+
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise MissingSetup(f"{folder}: {ADAPTER_CARD} is there and adapter_model.safetensors is not; fetch the whole "
+                           "folder again, or train the adapter again")
+    base = adapter_base(folder)
+    card = folder / "router.json"
+    known = _read_json(card).get("base_weights") if card.is_file() else None
+    if known:
+        check_weights(base, known, str(folder))
+    model, tokenizer = load_causal(base, four_bit=four_bit, dtype=dtype)
+    try:
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        line = _first_line(error)
+        raise UserError(f"{folder}: the adapter does not fit its base model {base} ({line}); it was trained on another "
+                        "base, so load it over that one") from None
+    return model.eval(), tokenizer
+
+
+def check_weights(base: Path, known: str, who: str) -> None:
+    """Raise UserError when a base model's weights are not those that `who` was trained and calibrated over."""
+    if known != weights_hash(base):
+        raise UserError(f"{who}: trained or calibrated over other weights than those in {base}; put its own base model "
+                        "there, or make the router again")
+
+
+def add_lora(model: Any, *, r: int = 16, alpha: int = 32, dropout: float = 0.05, seed: int = 0) -> Any:
+    """The model with fresh LoRA adapters on all its linear layers; only they train. Equal seeds, equal start."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none",
+                                                target_modules="all-linear", task_type="CAUSAL_LM"))
+    finally:
+        torch.random.set_rng_state(state)
+
+
+def _check_has_weights(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise MissingSetup(f"{folder}: no config.json, so this is no model folder; fetch one with `hf download <name>`")
+    if not any(folder.glob("model*.safetensors")):
+        raise MissingSetup(f"{folder}: the folder holds no weights (model.safetensors); fetch it whole with "
+                           "`hf download <name>`")
+
+
+def _not_loading(folder: str | Path, error: Exception) -> MissingSetup:
+    return MissingSetup(f"{folder}: the weights do not load as a causal language model ({_first_line(error)}); fetch "
+                        "the whole folder again with `hf download`")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise MissingSetup(f"{path.parent}: no {path.name}, so this is no model folder; fetch it whole with "
+                           "`hf download <name>`")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); fetch the folder again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object; fetch the folder again")
+    return found
+
+
+# ---------------------------------------------------------------- what the network reads
+
+def choose_wrap(asked: str, tokenizer: Any) -> str:
+    """`asked`, or for `auto` the tokenizer's chat template where it has one, else the Alpaca form. Raises UserError."""
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    if asked == "auto":
+        return "chat" if has_chat else "alpaca"
+    if asked not in WRAPS:
+        raise UserError(f"wrap {asked!r} is not one of auto, {', '.join(WRAPS)}")
+    if asked == "chat" and not has_chat:
+        raise UserError(f"{tokenizer.name_or_path}: wrap chat needs a chat template and this tokenizer has none; use "
+                        "wrap alpaca, or an instruction-tuned base model")
+    return asked
+
+
+def wrap_text(wrap_name: str, tokenizer: Any, instruction: str) -> str:
+    """The instruction as the network reads it, up to where the answer begins."""
+    head, tail = _affixes(wrap_name, tokenizer)
+    return head + instruction + tail
+
+
+def encode_instructions(tokenizer: Any, template: Template, wrap: str, instructions: Sequence[str],
+                        max_length: int) -> list[list[int]]:
+    """Token ids of each wrapped instruction, up to where the answer begins; one place is kept for the answer.
+
+    A text that is too long loses the end of its prompt, never the question or the wrap, so that a row with its answer
+    always fits `max_length`. Raises UserError where not even an empty prompt would fit, and for an instruction that
+    this template did not make.
+    """
+    head, tail = _affixes(wrap, tokenizer)
+    start = _start_ids(wrap, tokenizer)
+    head, room = head + template.question, max_length - 1 - len(start)
+    bodies = [template.prompt_of(text).encode("utf-8", "replace").decode() for text in instructions]
+    least = len(_ids(tokenizer, [head + tail])[0])
+    if least > room:
+        raise UserError(f"max_length {max_length} holds no prompt: the question, its {wrap} form and the answer alone "
+                        f"take {least + len(start) + 1} tokens; raise --max_length, or use the bare style")
+    rows = _ids(tokenizer, [head + body + tail for body in bodies])
+    rows = [ids if len(ids) <= room else _cut(tokenizer, head, body, tail, room)
+            for ids, body in zip(rows, bodies, strict=True)]
+    return [start + ids for ids in rows]
+
+
+def label_ids(tokenizer: Any, template: Template, wrap: str) -> list[int]:
+    """The token of each label, where it stands after a wrapped instruction. Raises UserError naming the tokenizer."""
+    head, tail = _affixes(wrap, tokenizer)
+    texts = [head + template.render(probe) + tail for probe in (*_PROBES, *([""] if tail else []))]
+    found = []
+    for label in template.labels:
+        added = [_added(*_ids(tokenizer, [text, text + label])) for text in texts]
+        if None in added or len(set(added)) > 1 or added[0] == tokenizer.unk_token_id:
+            raise UserError(f"{tokenizer.name_or_path}: the tokenizer does not write the answer {label!r} as one token "
+                            f"of its own after the {wrap} form, so its logits cannot be read; take another base model"
+                            + (", or fewer models" if template.mode == "decision" else ""))
+        found.append(added[0])
+    if len(set(found)) < len(found):
+        raise UserError(f"{tokenizer.name_or_path}: the tokenizer writes two of the answers "
+                        f"{', '.join(template.labels)} as the same token; take another base model")
+    return found
+
+
+def _added(before: list[int], after: list[int]) -> int | None:
+    return after[-1] if len(after) == len(before) + 1 and after[:-1] == before else None
+
+
+def _affixes(wrap_name: str, tokenizer: Any) -> tuple[str, str]:
+    """What stands before and after an instruction."""
+    if wrap_name != "chat":
+        text = wrap(wrap_name, _SENTINEL)
+    else:
+        choose_wrap("chat", tokenizer)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False,
+                                             add_generation_prompt=True)
+    if text.count(_SENTINEL) != 1:
+        raise UserError(f"{tokenizer.name_or_path}: its chat template does not repeat the user's words once as they "
+                        "are; use wrap alpaca")
+    head, tail = text.split(_SENTINEL)
+    return head, tail
+
+
+def _start_ids(wrap_name: str, tokenizer: Any) -> list[int]:
+    """The tokens this tokenizer puts before a text; none for a chat, whose template writes its own. Never an end."""
+    if wrap_name == "chat":
+        return []
+    plain = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    for start in range(len(full) - len(plain) + 1):
+        if full[start:start + len(plain)] == plain:
+            return list(full[:start])
+    return []
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+
+def _cut(tokenizer: Any, head: str, body: str, tail: str, room: int) -> list[int]:
+    """The ids with the longest start of `body` that fits, found by halving. Text is cut, so ids are those of a text."""
+    short, long = 0, len(body)  # `short` characters fit, `long` do not
+    best = _ids(tokenizer, [head + tail])[0]
+    while long - short > 1:
+        middle = (short + long) // 2
+        ids = _ids(tokenizer, [head + body[:middle] + tail])[0]
+        if len(ids) <= room:
+            short, best = middle, ids
+        else:
+            long = middle
+    return best
+
+
+# ---------------------------------------------------------------- what the network answers
+
+def label_logits(model: Any, rows: Sequence[Sequence[int]], ids: Sequence[int], batch_size: int = 32,
+                 pad_id: int = 0) -> np.ndarray:
+    """The logits (N, K) float64 of the K tokens `ids` after each of the N rows of token ids, in one forward pass each.
+
+    Rows of like length share a batch, padded on the left; the language-model head is computed for the last position
+    only. Takes plain, peft, 4-bit and DDP-wrapped models, in training mode too, and leaves them as they were. Every
+    rank of a sharded model has to call it with the same rows.
+    """
+    import torch
+
+    network = model.module if hasattr(model, "module") and not _is_fsdp(model) else model
+    keep = {"logits_to_keep": 1} if _takes(network, "logits_to_keep") else {}
+    device = next(network.parameters()).device
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+    logits = np.empty((len(rows), len(ids)))
+    columns = torch.tensor(list(ids), device=device)
+    with _evaluating(network), torch.no_grad():
+        for index in _batches(order, [len(row) for row in rows], batch_size):
+            batch = {k: v.to(device) for k, v in _pad_left([rows[i] for i in index], pad_id).items()}
+            out = network(**batch, use_cache=False, **keep).logits[:, -1]
+            logits[index] = out.index_select(1, columns).float().cpu().numpy()
+    return logits
+
+
+def features(template: Template, logits: np.ndarray) -> np.ndarray:
+    """What calibration reads (N, F): centred log-probabilities among the labels, or the expected level / 9."""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    logs = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    if template.mode == "difficulty":
+        return np.exp(logs) @ np.linspace(0.0, 1.0, logits.shape[1])[:, None]
+    return logs - logs.mean(axis=1, keepdims=True)
+
+
+def _batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+    start = 0
+    while start < len(order):
+        count = max(1, min(batch_size, MOST_TOKENS // max(1, lengths[order[start]])))
+        yield order[start:start + count]
+        start += count
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+    import torch
+
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row):] = torch.tensor(row)
+        mask[i, width - len(row):] = 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+@contextmanager
+def _evaluating(network: Any) -> Iterator[None]:
+    """Eval mode for a while; afterwards every module is in the mode it was in."""
+    keep_unpacked(network)
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _takes(network: Any, argument: str) -> bool:
+    base = network.get_base_model() if hasattr(network, "get_base_model") else network
+    return argument in inspect.signature(type(base).forward).parameters
+
+
+def _is_fsdp(model: Any) -> bool:
+    return "FullyShardedDataParallel" in type(model).__name__ or type(model).__name__.startswith("FSDP")

@@ -1,0 +1,583 @@
+"""Trains a causal language model as a router: it reads a prompt and answers with one token, which model or how hard.
+
+The rows are CoBench's Alpaca form, JSON lines `instruction`, `response`. `build_sets.py` makes them from an outcome
+cache, with a card beside the file that says what the responses mean: a decision (the label of the model with the best
+reward) or a difficulty (a level from 0 to 9). The loss is taken on the response and its end alone. Afterwards nothing
+is sampled: the router reads the logits of the allowed answers in one forward pass and calibrates them on the dev split.
+
+Departures from CoBench's script:
+- the response is the decision or the difficulty; there, models were trained on answers to the question and then asked
+  for a difficulty that nothing had taught them. Rows without a card still train as plain supervised fine-tuning, with
+  a warning that the result is no router
+- a dev set is read: loss and accuracy of the label each epoch, the decisions' reward, cost and collapse on the cache's
+  dev prompts, early stop, and the best epoch is what is kept
+- accumulation is global batch / (batch x devices), and a global batch that does not divide is an error
+- training and serving make the very same token ids, and a long prompt never loses the question or its answer
+- batches of like lengths (or packs of several rows, `--packing true`), instead of every row padded to the longest
+- bf16 where the hardware gains by it; LoRA and 4-bit weights for an 8 GB card; a kill costs no more than an epoch
+
+One device:    ./cmd/run_train_llm.sh                          (bare: the shipped sample rows)
+               ./cmd/run_train_llm.sh DATA MODEL OUT BATCH GLOBAL_BATCH LR EPOCHS MAXLEN
+               python src/train_llm.py --config configs/train_llm/sample.yaml
+8 GB card:     python src/train_llm.py --config configs/train_llm/rtx4060.yaml
+Many devices:  NUM_GPUS=4 ./cmd/run_train_llm.sh ...           (torchrun)
+               NUM_PROCESSES=2 ./cmd/run_train_llm.sh ...      (the same on a CPU, over gloo)
+
+Reads DATA, its card and dev twin, and the cache that the card names. Writes into OUT: the router folder (Hugging Face
+weights or a LoRA adapter, tokenizer, router.json), the resumable checkpoints `checkpoint-<step>` with a name
+`checkpoint_epoch_<k>` for each epoch's end (the last 3 and the best are kept), train_log.jsonl, monitor.jsonl,
+dev_scores.json and config.resolved.yaml. The same line again goes on where a stopped run was.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from routewright import sets
+from routewright.base_models import choose_precision, median_rows
+from routewright.errors import UserError
+from routewright.language_models import (
+    ADAPTER_CARD,
+    add_lora,
+    check_size,
+    choose_wrap,
+    encode_instructions,
+    features,
+    find_causal,
+    label_ids,
+    label_logits,
+    load_causal,
+)
+from routewright.launch import launch
+from routewright.router_data import LengthGroupedOrder, PadBatch, hold_out
+from routewright.templates import Template
+from routewright.textfiles import write_json
+from routewright.training import LOG_STEPS, Say, check_trainer_names, console, is_score, make_reporter, quiet_libraries
+
+BASE_MODEL = "Qwen/Qwen2.5-0.5B"
+LEARNING_RATE = 2e-5
+LORA_LEARNING_RATE = 2e-4  # adapters start from nothing and are few
+VALIDATION_SHARE = 0.1  # held out by near-duplicate group where the set has no dev twin
+KEPT = 3  # checkpoints; the best one is always among them
+PLAIN = Template("difficulty", ("any",), "bare")  # for rows without a card: the instruction is all prompt
+OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
+         "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
+         "bf16": "precision", "fp16": "precision", "report_to": "wandb", "packing": "packing",
+         "max_length": "max_length"}
+
+Rows = list[dict[str, Any]]
+
+
+def main(
+    *,
+    # Files
+    data: str = "data/sample_alpaca_data.jsonl",  # Alpaca rows: instruction, response (JSONL); card beside it
+    val: str = "",  # rows to validate on; empty: the dev twin that the card names, else a tenth held out by group
+    cache: str = "",  # outcome cache behind the rows, for calibration and the monitor; empty: the one the card names
+    output_dir: str = "data/runs/sft",  # the router folder and its checkpoints
+    skip_bad: int = 0,  # bad rows to pass over before stopping
+    # Model
+    # folder (weights, or an adapter to go on with) or hub id; auto: Qwen/Qwen2.5-0.5B, or the sample pool's strong
+    # model where its weights are neither on this machine nor to be had from the hub
+    model_name: str = "auto",
+    max_length: int = 512,  # tokens of a row, answer included; only the prompt inside it is cut
+    wrap: Literal["auto", "alpaca", "chat", "none"] = "auto",  # around the instruction; auto: chat where there is one
+    lora_r: int = 0,  # rank of LoRA adapters on all linear layers; 0: all weights are trained
+    four_bit: bool = False,  # 4-bit base weights (NF4), with LoRA only
+    # Training
+    batch_size: int = 4,  # rows per device and step
+    global_batch_size: int = 64,  # rows per update over devices and accumulation
+    learning_rate: float | None = None,  # peak, after 10 % warm-up, then linear to 0; none: 2e-5, and 2e-4 for LoRA
+    epochs: int = 3,  # passes over the rows; a checkpoint_epoch_k each
+    patience: int = 2,  # epochs without a better validation loss before stopping; 0: never
+    packing: bool = False,  # several rows in one sequence of max_length; a batch then counts such packs
+    # auto: bf16 where the GPU has it, or where this CPU is measured to gain by it; 4-bit weights always take bf16
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    seed: int = 42,  # of new adapters, the batch order and dropout
+    # Run
+    # auto: go on from the newest whole checkpoint of output_dir; none: start anew and set older ones aside; or the
+    # path of a checkpoint
+    resume: str = "auto",
+    wandb: bool = False,  # record to W&B, offline where there is no key
+    check_only: bool = False,  # check options, rows, weights and answer tokens, then stop
+    trainer: dict | None = None,  # more settings under their trl.SFTConfig names
+) -> None:
+    say = console()
+    extra = check_options(locals())
+    out = Path(output_dir)
+
+    source = load_source(data, val, cache, skip_bad, say)
+    base = find_causal(model_name, say, BASE_MODEL)
+    if four_bit:
+        check_size(base.folder, base.name)
+    adapted = bool(lora_r) or (base.folder / ADAPTER_CARD).is_file()
+    learning_rate = learning_rate or (LORA_LEARNING_RATE if adapted else LEARNING_RATE)
+    say(f"{len(source.train)} train and {len(source.dev)} validation rows, {source.words}, base model {base.name}, "
+        f"{'LoRA' if adapted else 'all weights'}, learning rate {learning_rate:g}")
+    if check_only:
+        check_tokens(base.folder, source, wrap, max_length)
+        return
+
+    from routewright import tracking
+    from routewright.encoders import longest_input
+    from routewright.rank_watch import guard_process
+
+    guard_process()
+    quiet_libraries()
+    model, tokenizer = build_model(base.folder, lora_r, four_bit, seed)
+    wrap = choose_wrap(wrap, tokenizer)
+    longest = min(max_length, longest_input(model, tokenizer))
+    train_rows, dev_rows = (encode(tokenizer, source, part, wrap, longest) for part in (source.train, source.dev))
+    bf16 = four_bit or choose_precision(precision, model, probe_batch(tokenizer, train_rows, batch_size), out,
+                                        say) == "bf16"
+    if packing:
+        train_rows = pack(train_rows, longest)
+    arguments = training_arguments(
+        output_dir=output_dir, batch_size=batch_size, global_batch_size=global_batch_size, learning_rate=learning_rate,
+        epochs=epochs, bf16=bf16, seed=seed, rows=len(train_rows), packing=packing, max_length=longest, extra=extra)
+    method = {"mode": source.words, "base_model": base.name, "max_length": longest, "wrap": wrap, "packing": packing,
+              "lora_r": lora_r, "four_bit": four_bit, "bf16": bf16, "patience": patience}
+
+    with tracking.start("routewright", f"train_llm-{out.name}", out,
+                        {**method, "learning_rate": learning_rate, "epochs": epochs, "rows": len(train_rows)},
+                        mode="auto" if wandb else "off", job_type="train") as tracker:
+        reader = Reader(source, tokenizer, wrap, longest) if source.template else None
+        run = build_trainer(model, tokenizer, arguments, source, (train_rows, dev_rows), reader, method=method,
+                            tracker=tracker, say=say)
+        run.run(resume=resume)
+        if is_saved(run, out, source):
+            say(f"this run was finished before; its {source.product}: {out} (--resume none trains anew)")
+            return
+        scores = score_validation(run, reader, source)
+        save(run, out)
+        if source.table is not None:
+            write_router(run, out, source, tokenizer, wrap=wrap, max_length=longest, base_model=base.name,
+                         four_bit=four_bit, seed=seed, say=say)
+        if run.is_world_process_zero():
+            report(scores, out, source, tracker, say)
+        run.accelerator.wait_for_everyone()
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+def check_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
+    least_values = {"skip_bad": 0, "max_length": 8, "lora_r": 0, "batch_size": 1, "global_batch_size": 1, "epochs": 1,
+                    "patience": 0}
+    for name, least in least_values.items():
+        if given[name] < least:
+            raise UserError(f"--{name} must be {least} or more; got {given[name]}")
+    if given["learning_rate"] is not None and not given["learning_rate"] > 0:
+        raise UserError(f"--learning_rate must be above 0; got {given['learning_rate']}")
+    if given["four_bit"] and not given["lora_r"]:
+        raise UserError("--four_bit true freezes the base weights, so there is nothing to train without adapters; add "
+                        "--lora_r 16")
+    if given["four_bit"] and given["precision"] == "fp32":
+        raise UserError("--four_bit computes in bf16; leave --precision auto")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    whole = given["batch_size"] * world
+    if given["global_batch_size"] % whole:
+        raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
+                        f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
+    return check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:SFTConfig")
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Source:
+    """The rows, what their responses mean, and the outcomes behind them.
+
+    template: None for plain rows, whose responses are any text. table, dev_table: the train and dev split of the cache,
+    with the models of the template as columns; rewards: (N, M) of the dev split, and what a decision from estimates
+    needs: `value(estimates)` is their expected reward (N, M).
+    """
+
+    name: str
+    train: Rows
+    dev: Rows
+    template: Template | None = None
+    table: Any = None
+    dev_table: Any = None
+    rewards: np.ndarray | None = None
+    value: Callable[[np.ndarray], np.ndarray] | None = None
+
+    @property
+    def words(self) -> str:
+        if self.template is None:
+            return "plain responses"
+        about = f" of {self.template.about}" if self.template.about else ""
+        return f"{self.template.mode}{about} among {', '.join(self.template.models)}"
+
+    @property
+    def product(self) -> str:
+        return "router" if self.table is not None else "weights"
+
+
+def load_source(data: str, val: str, cache: str, skip_bad: int, say: Say) -> Source:
+    """Every row checked before any weight is loaded; warnings go to `say`. Raises UserError naming file and line."""
+    rows, card = sets.read_set(data, "alpaca", skip_bad, say)
+    twin = val or (str(Path(data).parent / card["dev"]) if card and card["dev"] else "")
+    if twin and not val and not Path(twin).is_file():
+        say(f"warning: {data}: its dev set {twin} is not there; a tenth of the rows is held out instead")
+        twin = ""
+    if twin:
+        held, held_card = sets.read_set(twin, "alpaca", skip_bad, say)
+        check_apart(rows, held, data, twin)
+        if held_card and (card is None or held_card["template"] != card["template"]):
+            raise UserError(f"{twin}: these rows were built with another template than {data}; build both in one go")
+    else:
+        keep, hold = hold_out([row["instruction"] for row in rows], VALIDATION_SHARE)
+        rows, held = [rows[i] for i in keep], [rows[i] for i in hold]
+    if card is None:
+        say(f"WARNING: {data} has no card, so nothing says which models its responses choose among: the result will be "
+            "a fine-tuned language model and no router; build rows with build_sets.py to train one")
+        return Source(data, rows, held)
+    source = Source(data, rows, held, Template.from_card(card["template"], data))
+    read_labels(source)
+    add_outcomes(source, card, cache, say)
+    return source
+
+
+def check_apart(rows: Rows, held: Rows, data: str, twin: str) -> None:
+    """Validation instructions must be new: one that was seen in training measures memory."""
+    seen = {row["instruction"]: number for number, row in enumerate(rows, 1)}
+    shared = [(number, seen[row["instruction"]]) for number, row in enumerate(held, 1) if row["instruction"] in seen]
+    if shared:
+        here, there = shared[0]
+        raise UserError(f"{twin}: row {here}: this instruction is also among the training rows ({data}: row {there}), "
+                        f"as are {len(shared) - 1} more; remove them, or hold rows out by group: leave --val empty and "
+                        "take a set without a dev twin")
+
+
+def read_labels(source: Source) -> None:
+    """`label` of each row: the place of its response among the template's. Raises UserError where all are the same."""
+    template = source.template
+    for row in (*source.train, *source.dev):
+        row["label"] = template.parse(row["response"])
+        if row["label"] is None:
+            raise UserError(f"{source.name}: the response {row['response']!r:.40} is none of the answers "
+                            f"{', '.join(template.labels)} of the card's template; build the set again")
+    found = {row["label"] for row in source.train}
+    if len(found) < 2:
+        raise UserError(f"{source.name}: all {len(source.train)} responses are {template.labels[found.pop()]!r}, so "
+                        "there is nothing to learn; build the set with another cost weight, or from other prompts")
+
+
+def add_outcomes(source: Source, card: dict[str, Any], cache: str, say: Say) -> None:
+    """The outcomes that calibrate the router and show what its decisions earn, divided as the rows were."""
+    from routewright.decide import expected_cost
+    from routewright.outcomes import cache_file
+
+    try:
+        cache_file(cache or card["cache"])
+    except UserError:
+        if cache:
+            raise
+        say(f"WARNING: {source.name}: its cache {card['cache']} is not here, so the weights will be trained but no "
+            "router.json written; give --cache, now or by running the same line again")
+        return
+    table = sets.table_of_card(card, source.name, cache)
+    source.table = table.split(card["split"] or "train")
+    if "dev" not in table.splits:
+        return
+    source.dev_table = table.split("dev")
+    reward = sets.reward_of_card(card, source.name)
+    source.rewards = sets.reward_table(source.dev_table, reward, card["cost_unit"], card["unit_usd"])
+    source.value = partial(expected_reward, reward, expected_cost(source.table, source.dev_table) / card["unit_usd"])
+
+
+def expected_reward(reward: Any, cost: np.ndarray, estimate: np.ndarray) -> np.ndarray:
+    """(N, M) reward to expect of estimates (N, M), at costs in the reward's unit."""
+    if reward.kind == "binary":
+        return estimate * (reward.K - reward.cost_weight * cost)
+    return reward.of(estimate, cost)
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+def encode(tokenizer: Any, source: Source, rows: Rows, wrap: str, max_length: int) -> Rows:
+    """input_ids and labels per row: the wrapped instruction, then the response and the end token, which alone count."""
+    texts = [row["instruction"] for row in rows]
+    if source.template is not None:
+        ids = label_ids(tokenizer, source.template, wrap)
+        answers = [[ids[row["label"]]] for row in rows]
+        room = max_length
+    else:
+        answers = tokenizer([row["response"] for row in rows], add_special_tokens=False)["input_ids"]
+        room = max_length - min(max(map(len, answers)), max_length // 2)
+    starts = encode_instructions(tokenizer, source.template or PLAIN, wrap, texts, room)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    made = []
+    for start, answer in zip(starts, answers, strict=True):
+        response = (answer + end)[:max_length - len(start)]
+        made.append({"input_ids": start + response, "labels": [-100] * len(start) + response})
+    return made
+
+
+def check_tokens(folder: Path, source: Source, wrap: str, max_length: int) -> None:
+    """Whether the tokenizer has the wrap and the answers, without loading any weight."""
+    from routewright.encoders import load_tokenizer
+    from routewright.language_models import adapter_base
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(adapter_base(folder) if (folder / ADAPTER_CARD).is_file() else folder)
+    encode(tokenizer, source, source.train[:8], choose_wrap(wrap, tokenizer), max_length)
+
+
+def probe_batch(tokenizer: Any, rows: Rows, batch_size: int) -> dict[str, Any]:
+    """A few rows of median length: what a precision is timed on."""
+    return PadBatch(tokenizer.pad_token_id)(median_rows(rows, min(batch_size, 8)))
+
+
+def pack(rows: Rows, max_length: int) -> Rows:
+    """Rows laid end to end into sequences of up to max_length, best fit first; each keeps its own positions."""
+    from datasets import Dataset
+    from trl.data_utils import pack_dataset
+
+    return list(pack_dataset(Dataset.from_list(rows), max_length, "bfd"))
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+def build_model(folder: Path, lora_r: int, four_bit: bool, seed: int) -> tuple[Any, Any]:
+    """(model, tokenizer): float32 or 4-bit weights; fresh adapters where asked, else those of an adapter folder."""
+    from transformers import set_seed
+
+    set_seed(seed)
+    model, tokenizer = load_causal(folder, four_bit=four_bit, trainable_adapter=True)
+    if lora_r and not (folder / ADAPTER_CARD).is_file():
+        if four_bit:
+            from peft import prepare_model_for_kbit_training
+
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = add_lora(model, r=lora_r, alpha=2 * lora_r, seed=seed)
+    return model, tokenizer
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: int, learning_rate: float, epochs: int,
+                       bf16: bool, seed: int, rows: int, packing: bool, max_length: int, extra: dict[str, Any]) -> Any:
+    """SFTConfig: CoBench's optimizer and schedule, the safety net's, then what the user put in `trainer`."""
+    import torch
+    from trl import SFTConfig
+
+    from routewright.trainer import safety_arguments
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation = global_batch_size // (batch_size * world)
+    steps = -(-rows // global_batch_size)
+    settings = {
+        **safety_arguments(), "output_dir": output_dir, "seed": seed, "bf16": bf16,
+        # Rows may hold different numbers of response tokens: each token weighs the same whatever rank it is on.
+        "average_tokens_across_devices": True,
+        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": batch_size if packing else max(32, batch_size),
+        "num_train_epochs": epochs, "learning_rate": learning_rate, "weight_decay": 0.0, "warmup_steps": 0.1,
+        "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "activation_checkpointing": torch.cuda.is_available(),
+        "max_length": max_length, "packing": packing, "eval_packing": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": KEPT, "load_best_model_at_end": True,
+        "metric_for_best_model": "loss", "greater_is_better": False,
+        "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
+        "log_level": "error", "log_level_replica": "error", **extra}
+    try:
+        return SFTConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
+
+
+class Reader:
+    """What the network answers to the validation rows and to the dev prompts: one pass over both, kept for a step."""
+
+    def __init__(self, source: Source, tokenizer: Any, wrap: str, max_length: int) -> None:
+        self.source, self.pad_id = source, tokenizer.pad_token_id
+        texts = [row["instruction"] for row in source.dev]
+        if source.dev_table is not None:
+            from routewright.prompts import full_text
+
+            texts += [source.template.render(full_text(prompt)) for prompt in source.dev_table.prompts]
+        distinct = list(dict.fromkeys(texts))
+        place = {text: i for i, text in enumerate(distinct)}
+        index = np.array([place[text] for text in texts])
+        self.of_rows, self.of_prompts = index[:len(source.dev)], index[len(source.dev):]
+        self.ids = encode_instructions(tokenizer, source.template, wrap, distinct, max_length)
+        self.answers = label_ids(tokenizer, source.template, wrap)
+        self.truth = np.array([row["label"] for row in source.dev])
+        self.kept: tuple[int, np.ndarray] | None = None
+
+    def logits(self, model: Any, step: int) -> np.ndarray:
+        """(distinct texts, K); every rank reads all, as sharded weights demand."""
+        if self.kept is None or self.kept[0] != step:
+            self.kept = (step, label_logits(model, self.ids, self.answers, pad_id=self.pad_id))
+        return self.kept[1]
+
+    def accuracy(self, model: Any, step: int) -> float:
+        """Share of the validation rows whose label has the highest logit among the answers."""
+        return float((self.logits(model, step)[self.of_rows].argmax(1) == self.truth).mean())
+
+    def decisions(self, model: Any, step: int) -> np.ndarray:
+        """(N,) the model chosen for each dev prompt: the label itself, or by estimates calibrated on the other half."""
+        logits = self.logits(model, step)[self.of_prompts]
+        if self.source.template.mode == "decision":
+            return logits.argmax(1)
+        return self.source.value(cross_calibrated(features(self.source.template, logits),
+                                                  self.source.dev_table.quality_mean)).argmax(1)
+
+
+def cross_calibrated(found: np.ndarray, quality: np.ndarray) -> np.ndarray:
+    """Estimates (N, M) from features (N, F), each half of the rows by a calibration fitted on the other half."""
+    from routewright.calibration import Calibration
+
+    halves = np.arange(len(found)) % 2 == 0
+    estimate = np.empty(quality.shape)
+    for half in (halves, ~halves):
+        estimate[half] = Calibration.fit(found[~half], quality[~half]).apply(found[half])
+    return estimate
+
+
+def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, encoded: tuple[Rows, Rows],
+                  reader: Reader | None, *, method: dict[str, Any], tracker: Any, say: Say) -> Any:
+    """TRL's SFTTrainer in the safety net, with our batch order; loss, loop, optimizer and schedule are the library's.
+
+    Token ids and `method` are fingerprinted: a run is only resumed with the same ones.
+    """
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+    from trl import SFTTrainer
+
+    from routewright.checkpoints import fingerprint
+    from routewright.trainer import EpochNames, SafetyNet
+
+    whole = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    lengths = [[len(row["input_ids"]) for row in rows] for rows in encoded]
+    order = LengthGroupedOrder(lengths[0], whole, arguments.seed, grouped=not arguments.packing)
+    eval_order = np.argsort(-np.asarray(lengths[1]), kind="stable").tolist()
+
+    class RouterSFT(SafetyNet, SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return order
+
+        def _get_eval_sampler(self, eval_dataset: Any) -> list[int]:
+            return eval_order
+
+        def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if reader:
+                found.metrics[f"{metric_key_prefix}_label_accuracy"] = reader.accuracy(self.model,
+                                                                                       self.state.global_step)
+            return found
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            for figures in self._metrics.values():  # of no meaning where nearly all tokens are prompt
+                for name in ("num_tokens", "entropy", "mean_token_accuracy"):
+                    figures.pop(name, None)
+            super().log(logs, *args, **kwargs)
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """router.json says what this is; the library's own page would be written anew at each checkpoint."""
+
+    callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
+    if method["patience"] and arguments.load_best_model_at_end:
+        callbacks.append(EarlyStoppingCallback(method["patience"]))
+    run = RouterSFT(
+        model=model, args=arguments, train_dataset=Dataset.from_list(encoded[0]),
+        eval_dataset=Dataset.from_list(encoded[1]), processing_class=tokenizer, callbacks=callbacks,
+        row_names=[f"pack {i}" for i in range(len(encoded[0]))] if arguments.packing else
+                  [row_name(source.name, i, row) for i, row in enumerate(source.train)],
+        fingerprints={"data": fingerprint(encoded[0]), "validation data": fingerprint(encoded[1]), "config": method})
+    run.remove_callback(PrinterCallback)
+    run.remove_callback(ProgressCallback)
+    if source.rewards is not None:
+        from routewright.monitor import DecisionMonitor, monitor_callback
+
+        run.monitor = DecisionMonitor(source.dev_table, source.rewards, tracker, say, folder=arguments.output_dir)
+        run.add_callback(monitor_callback(run.monitor, lambda: reader.decisions(run.model, run.state.global_step)))
+    return run
+
+
+def row_name(path: str, index: int, row: dict[str, Any]) -> str:
+    return f"{path} prompt {row['prompt_id']}" if row.get("prompt_id") else f"{path}:{index + 1}"
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+def score_validation(run: Any, reader: Reader | None, source: Source) -> dict[str, float]:
+    """Scores of the weights that were kept: loss and label accuracy, and on a cache what the decisions earn."""
+    if reader:
+        reader.kept = None
+    found = run.evaluate(metric_key_prefix="eval")
+    scores = {name.removeprefix("eval_"): float(value) for name, value in found.items()
+              if is_score(name) and name.startswith("eval_")}
+    if source.rewards is not None:
+        decisions = reader.decisions(run.model, run.state.global_step)
+        earned = run.monitor.measure(decisions)
+        scores |= {name.removeprefix("dev/"): value for name, value in earned.items()}
+        scores["best_constant_reward"] = float(source.rewards.mean(0).max())
+    return scores
+
+
+def report(scores: dict[str, float], out: Path, source: Source, tracker: Any, say: Any) -> None:
+    """dev_scores.json, the tracker's summary and one line."""
+    kept = {name: round(value, 8) for name, value in scores.items()}
+    write_json(out / "dev_scores.json", kept)
+    tracker.summary({f"dev/{k}": v for k, v in kept.items()})
+    words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
+    say(f"kept the best epoch, on the validation rows: {words}\n{source.product}: {out}")
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+def weight_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*model*.safetensors"))
+
+
+def is_saved(run: Any, out: Path, source: Source) -> bool:
+    """Whether a run that was finished before left all it should: the best checkpoint's weights, scores, a router."""
+    from routewright.checkpoints import fingerprint
+
+    best = run.state.best_model_checkpoint
+    if not (run.was_finished and best and (out / "dev_scores.json").is_file()):
+        return False
+    if source.table is not None and not (out / "router.json").is_file():
+        return False
+    names = weight_files(Path(best))
+    return bool(names) and names == weight_files(out) and all(
+        fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)
+
+
+def save(run: Any, out: Path) -> None:
+    """The final weights and the tokenizer beside the checkpoints, in Hugging Face form.
+
+    router.json goes first and comes last: a folder that has it is whole.
+    """
+    if run.is_world_process_zero():
+        (out / "router.json").unlink(missing_ok=True)
+        for name in weight_files(out):  # of an earlier run, perhaps in other pieces
+            (out / name).unlink()
+    run.accelerator.wait_for_everyone()
+    run.save_model(str(out))
+    if run.is_world_process_zero():
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+    run.accelerator.wait_for_everyone()
+
+
+def write_router(run: Any, out: Path, source: Source, tokenizer: Any, **settings: Any) -> None:
+    """Calibrate what was trained and write router.json."""
+    from routewright.routers.llm import write_llm_router
+
+    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    write_llm_router(out, kind="llm", model=model, tokenizer=tokenizer, template=source.template, train=source.table,
+                     dev=source.dev_table, **settings)
+
+
+if __name__ == "__main__":
+    launch(main)
