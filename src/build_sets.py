@@ -28,9 +28,8 @@ pool: at 1, an answer of the dearest model costs as much as a right answer is wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -130,8 +129,8 @@ def divide(table: OutcomeTable, cache: str, say: sets.Say) -> tuple[dict[str, Ou
     for split in ("train", "dev"):
         for prompt in texts[split]:
             check_text(full_text(prompt), f"{cache}: prompt_id {prompt.prompt_id!r}")
-    for a, b in (("train", "dev"), ("train", "test"), ("dev", "test")):
-        check_no_overlap(texts[a], texts[b], f"{cache} ({a})", f"its {b} split")
+    check_no_overlap(texts["train"], texts["dev"] + texts["test"], f"{cache} (train)", "its dev or test split")
+    check_no_overlap(texts["dev"], texts["test"], f"{cache} (dev)", "its test split")
     parts, merged = {}, {}
     for split in ("train", "dev"):
         if texts[split]:
@@ -141,8 +140,7 @@ def divide(table: OutcomeTable, cache: str, say: sets.Say) -> tuple[dict[str, Ou
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """How outcomes become rows; `unit` is USD per unit of cost."""
 
     reward: Reward
@@ -155,8 +153,7 @@ class Rules:
     seed: int
 
 
-@dataclass
-class Built:
+class Built(NamedTuple):
     """One file to be: its rows, the share of each label in its answers, and how many were dropped for which reason."""
 
     kind: str

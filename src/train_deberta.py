@@ -21,8 +21,9 @@ Many devices:  NUM_GPUS=4 ./cmd/run_train_deberta.sh ...        (torchrun)
 
 Reads DATA and VAL, or `--cache`. Writes into OUT: the router folder (Hugging Face weights, router.json), the resumable
 checkpoints `checkpoint-<step>` with a name `checkpoint_epoch_<k>` for each epoch's end, train_log.jsonl,
-dev_scores.json and config.resolved.yaml. CoBench's default OUT is `deberta_checkpoints`; here it stands under
-data/runs/, which git ignores. The same line again goes on where a stopped run was.
+dev_scores.json and config.resolved.yaml; in pool form also monitor.jsonl, what the decisions are worth on the dev
+prompts at each epoch, with a warning where they collapse to one model. CoBench's default OUT is `deberta_checkpoints`;
+here it stands under data/runs/, which git ignores. The same line again goes on where a stopped run was.
 
 Measured on one AMD EPYC core (torch 2.13.0+cpu): the bare run with `tiny` (400 rows, 3 epochs) takes 11 CPU seconds and
 0.7 GB, half of the time in imports; a 22.7M-parameter encoder at batch 32 trains on 1,200 useful tokens a CPU second in
@@ -247,6 +248,8 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
     digests = {name: fingerprint([part.questions, part.llm_ids, part.labels.tolist()])
                for name, part in zip(("data", "validation data"), parts, strict=True)}
 
+    watch = Watch(source, tracker, say, arguments.output_dir) if source.pool else None
+
     class RouterTrainer(SafetyNet, Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return order
@@ -265,11 +268,15 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
             # The library averages the ranks' batches, padded ones included; the loss of the gathered rows is exact.
             rows = (torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids))
             found.metrics[f"{metric_key_prefix}_loss"] = float(router_loss(*rows, source, weights))
+            if watch and metric_key_prefix == "eval" and self.is_world_process_zero():
+                watch.observe(self.state.global_step, in_order(found.predictions, encoded[1]))
             return found
 
     callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
     if method["patience"] and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(method["patience"]))
+    if watch:
+        callbacks.append(watch.callback())
     trainer = RouterTrainer(
         model=model, args=arguments, train_dataset=encoded[0], eval_dataset=encoded[1], processing_class=tokenizer,
         data_collator=router_data.PadBatch(tokenizer.pad_token_id, 8 if torch.cuda.is_available() else 1),
@@ -280,7 +287,46 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    trainer.watch = watch
     return trainer
+
+
+class Watch:
+    """The collapse monitor of the pool form: decisions at the cost weight where cheapest and best model earn the same.
+
+    It reads the logits that the validation has computed anyway.
+    """
+
+    def __init__(self, source: Source, tracker: Any, say: Say, folder: str | Path) -> None:
+        from routewright.decide import expected_cost
+        from routewright.monitor import DecisionMonitor
+        from routewright.scoring import indifference_weight
+
+        dev = source.dev_table
+        self.weight = indifference_weight(source.table)
+        self.expected = expected_cost(source.table, dev)
+        self.monitor = DecisionMonitor(dev, dev.quality_mean - self.weight * dev.cost, tracker, say, folder=folder)
+
+    def callback(self) -> Any:
+        from routewright.monitor import monitor_callback
+
+        return monitor_callback(self.monitor, None)
+
+    def decisions(self, logits: np.ndarray) -> np.ndarray:
+        """(N,) the model chosen for each dev prompt from logits (N, M)."""
+        from routewright.decide import choose
+
+        return choose(1 / (1 + np.exp(-np.asarray(logits, np.float64))), self.expected, self.weight)
+
+    def observe(self, step: int, logits: np.ndarray) -> None:
+        self.monitor.observe(step, self.decisions(logits))
+
+
+def in_order(predictions: np.ndarray, rows: Rows) -> np.ndarray:
+    """Predictions, which come in the order of `length_order`, in the order of the rows."""
+    logits = np.empty(predictions.shape)
+    logits[length_order(rows)] = predictions
+    return logits
 
 
 def length_order(rows: Rows) -> np.ndarray:
@@ -344,9 +390,10 @@ def score_validation(run: Any, dev_rows: Rows, source: Source) -> dict[str, floa
     found = run.predict(dev_rows, metric_key_prefix="dev")
     scores = {name.removeprefix("dev_"): float(value) for name, value in found.metrics.items() if is_score(name)}
     if source.pool:
-        logits = np.empty(found.predictions.shape)
-        logits[length_order(dev_rows)] = found.predictions
+        logits = in_order(found.predictions, dev_rows)
         scores |= curve_scores(1 / (1 + np.exp(-logits)), source)
+        earned = run.watch.monitor.measure(run.watch.decisions(logits))
+        scores |= {name.removeprefix("dev/"): value for name, value in earned.items()}
     return scores
 
 
@@ -367,9 +414,9 @@ def curve_scores(estimate: np.ndarray, source: Source) -> dict[str, float]:
 
 def report(scores: dict[str, float], out: Path, tracker: Any, say: Any) -> None:
     """dev_scores.json, the tracker's summary and one line."""
-    kept = {name: round(value, 6) for name, value in scores.items()}
+    kept = {name: round(value, 8) for name, value in scores.items()}
     write_json(out / "dev_scores.json", kept)
-    tracker.summary({f"dev/{k}": v for k, v in kept.items()})
+    tracker.summary({k if k.startswith(("share/", "collapse/")) else f"dev/{k}": v for k, v in kept.items()})
     words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
     say(f"kept the best epoch, on the validation rows: {words}\nrouter: {out}")
 

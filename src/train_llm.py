@@ -571,9 +571,11 @@ def save(run: Any, out: Path) -> None:
 
 
 def write_router(run: Any, out: Path, source: Source, tokenizer: Any, **settings: Any) -> None:
-    """Calibrate what was trained and write router.json."""
+    """Calibrate what was trained and write router.json: rank 0, or all ranks where each holds a part of the weights."""
     from routewright.routers.llm import write_llm_router
 
+    if not (run.is_world_process_zero() or run.is_deepspeed_enabled or run.is_fsdp_enabled):
+        return
     model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
     write_llm_router(out, kind="llm", model=model, tokenizer=tokenizer, template=source.template, train=source.table,
                      dev=source.dev_table, **settings)

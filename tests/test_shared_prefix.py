@@ -168,7 +168,7 @@ def test_all_losses_are_the_librarys(base, tokenizer, tmp_path):
     for loss in LOSSES:
         for trainer in (stock, ours):
             trainer.loss_types, trainer.label_smoothing = [loss], 0.1
-        one, two = (float(t._compute_loss(t.model, b, False)) for t, b in zip((stock, ours), batches, strict=True))
+        one, two = (t._compute_loss(t.model, b, False).item() for t, b in zip((stock, ours), batches, strict=True))
         assert abs(one - two) < 1e-4 * max(1, abs(one)), loss
         seen[loss] = round(one, 3)
     assert len(set(seen.values())) >= len(LOSSES) - 1, seen
@@ -190,6 +190,8 @@ def test_a_whole_training_gives_the_stock_losses_and_metrics(base, tokenizer, tm
     compared = 0
     for one, two in zip(history["stock"], history["shared"], strict=True):
         for name in [n for n in one if n.removeprefix("eval_") in METRICS]:
+            if name == "rewards/accuracies" and one["step"] == 1:
+                continue  # nothing but rounding stands between the answers yet
             assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-4), (name, one["step"])
             compared += 1
     assert compared > 80
@@ -203,7 +205,8 @@ def test_the_start_is_the_reference_and_a_second_life_reads_it(base, tokenizer, 
     assert list(first.model.peft_config) == ["default"]  # no second adapter is held
     first.train()
     history = first.state.log_history
-    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and history[0]["rewards/margins"] == 0
+    assert history[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert abs(history[0]["rewards/margins"]) < 1e-5
     trained = first.pair_logps(first.train_dataset)
     kept = np.array([first.train_dataset["ref_chosen_logps"], first.train_dataset["ref_rejected_logps"]]).T
     assert np.abs(trained - kept).max() > 0.1
@@ -217,10 +220,12 @@ def test_the_start_is_the_reference_and_a_second_life_reads_it(base, tokenizer, 
     # Other rows, or another start, are another reference.
     for model, train in ((warm(base), make_rows(8, seed=7)), (warm(base, seed=2), rows)):
         third = make("shared", model, tmp_path, train, tokenizer, dev)
-        mark = third._start_mark({"train": third.train_dataset, "eval": third.eval_dataset})
-        assert read_reference(tmp_path / REFERENCE, mark) is None
+        with pytest.raises(UserError, match="began with other pairs or other start weights"):
+            third.add_reference(resuming=True)
+        third.add_reference()
+        assert third.train_dataset["ref_chosen_logps"] != first.train_dataset["ref_chosen_logps"]
     (tmp_path / REFERENCE).write_bytes(b"\x08torn")
-    assert read_reference(tmp_path / REFERENCE, mark) is None
+    assert read_reference(tmp_path / REFERENCE) is None
 
 
 def test_full_weights_train_without_a_second_model(base, tokenizer, tmp_path):
@@ -271,6 +276,7 @@ def test_importing_stays_light():
     import subprocess
     import sys
 
-    code = "import sys, json, routewright.shared_prefix; print(json.dumps([m for m in ('torch', 'trl') if m in sys.modules]))"
+    code = ("import sys, json, routewright.shared_prefix; "
+            "print(json.dumps([m for m in ('torch', 'trl') if m in sys.modules]))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="src", check=True)
     assert json.loads(done.stdout) == []

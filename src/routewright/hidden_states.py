@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from routewright.errors import MissingSetup, UserError
+from routewright.templates import WRAPS, Template
 from routewright.textfiles import write_atomic
 
 if TYPE_CHECKING:
     from routewright.pool import Pool
 
-FORMS = ("raw", "chat")
 PRECISIONS = ("auto", "fp32", "bf16")
 MAX_LENGTH = 1024  # tokens of a prompt, CoBench's limit
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -100,13 +100,32 @@ _OPEN: dict[tuple[str, str], tuple[Any, Any]] = {}
 
 
 def choose_precision(asked: str) -> str:
-    """"fp32" or "bf16"; auto takes bf16 where a GPU has it."""
+    """"fp32" or "bf16"; auto takes bf16 where a GPU has it. Raises UserError."""
+    if asked not in PRECISIONS:
+        raise UserError(f"precision must be one of {', '.join(PRECISIONS)}; got {asked!r}")
     if asked != "auto":
         return asked
     import torch
 
     cuda = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if cuda else "fp32"
+
+
+def find_wrap(asked: str, folder: Path) -> str:
+    """`asked`, or for auto `chat` where the tokenizer of the folder has a chat template, else `none`: the bare text.
+
+    Read from the files, so that the name of a reading is known before anything is loaded.
+    """
+    if asked not in ("auto", *WRAPS):
+        raise UserError(f"wrap must be one of auto, {', '.join(WRAPS)}; got {asked!r}")
+    if asked != "auto":
+        return asked
+    from routewright.language_models import ADAPTER_CARD, adapter_base
+
+    folder = adapter_base(folder) if (folder / ADAPTER_CARD).is_file() else folder
+    config = folder / "tokenizer_config.json"
+    inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
+    return "chat" if inside or (folder / "chat_template.jinja").is_file() else "none"
 
 
 # ---------------------------------------------------------------- reading with a cache
@@ -116,7 +135,7 @@ class PromptReader:
 
     Args:
         base: weights folder, adapter folder, or hub id in the local cache
-        form: `raw`, the bare text; `chat`, inside the tokenizer's chat template
+        wrap: none, the bare text; chat, inside the tokenizer's chat template; auto, chat where there is one
         max_length: tokens kept of a prompt, its wrapping included; its end is cut
         precision: fp32, bf16, or auto (bf16 on a GPU that has it)
         cache: folder of the cache, True for data/runs/.cache, False for none
@@ -127,22 +146,23 @@ class PromptReader:
 
     what = ""  # names the reading in the cache
 
-    def __init__(self, base: str, *, form: str = "raw", max_length: int = MAX_LENGTH, batch_size: int = 32,
+    def __init__(self, base: str, *, wrap: str = "none", max_length: int = MAX_LENGTH, batch_size: int = 32,
                  precision: str = "auto", cache: str | Path | bool = True) -> None:
         from routewright.encoders import weights_identity
 
-        self.base, self.form, self.max_length, self.batch_size = base, form, max_length, batch_size
+        self.base, self.max_length, self.batch_size = base, max_length, batch_size
         self.folder = find_base(base)
+        self.wrap = find_wrap(wrap, self.folder)
         self.precision = choose_precision(precision)
         self.weights = weights_identity(self.folder)
         self.seconds_per_text = self.spent_per_text = 0.0
         self.fresh = 0
-        options = "-".join(str(part) for part in (form, max_length, self.precision, *self._more()))
+        options = "-".join(str(part) for part in (self.wrap, max_length, self.precision, *self._more()))
         mark = hashlib.sha256(f"{self.what} {options}".encode()).hexdigest()[:12]
         self._cache = _BlockCache(cache_folder(cache), f"{self.what}-{self.weights}-{mark}")
 
     def read(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 (N, *shape), in the order of `texts`. Equal texts are read once."""
+        """(N, *shape), in the order of `texts`. Equal texts are read once."""
         began = time.perf_counter()
         texts = [text.encode("utf-8", "replace").decode() for text in texts]  # half a surrogate pair is no text
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
@@ -185,7 +205,7 @@ class PromptReader:
 
     def _encode(self, tokenizer: Any, model: Any, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, at least one."""
-        return encode(tokenizer, texts, self.form, self._longest(model, tokenizer))
+        return encode(tokenizer, texts, self.wrap, self._longest(model, tokenizer))
 
     def _longest(self, model: Any, tokenizer: Any) -> int:
         from routewright.encoders import longest_input
@@ -197,19 +217,16 @@ class PromptReader:
         raise NotImplementedError
 
 
-def encode(tokenizer: Any, texts: Sequence[str], form: str, max_length: int) -> list[list[int]]:
-    """Token ids of each prompt in its form, at most `max_length`: only the prompt's own end is ever cut.
+def encode(tokenizer: Any, texts: Sequence[str], wrap: str, max_length: int) -> list[list[int]]:
+    """Token ids of each wrapped prompt, at least one and at most `max_length`: only the prompt's own end is ever cut.
 
-    Raises UserError for the chat form where the tokenizer has no chat template.
+    Raises UserError for the chat wrap where the tokenizer has no chat template.
     """
     from routewright.language_models import choose_wrap, encode_instructions
-    from routewright.templates import Template
 
-    if form not in FORMS:
-        raise UserError(f"form must be one of {', '.join(FORMS)}; got {form!r}")
     bare = Template("difficulty", ("base",), "bare")
-    wrap = choose_wrap("chat" if form == "chat" else "none", tokenizer)
-    rows = encode_instructions(tokenizer, bare, wrap, list(texts), max_length + 1)  # it keeps a place for an answer
+    # One more than may be: a place is kept for an answer, which nobody gives here.
+    rows = encode_instructions(tokenizer, bare, choose_wrap(wrap, tokenizer), list(texts), max_length + 1)
     ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
     nothing = next(token for token in ends if token is not None)
     return [row or [nothing] for row in rows]
@@ -283,7 +300,7 @@ class _BlockCache:
 
     def add(self, keys: Sequence[bytes], values: np.ndarray, seconds: float) -> None:
         """Keep the rows of a batch, on disk at once."""
-        values = np.ascontiguousarray(values, np.float32)
+        values = np.ascontiguousarray(values)
         if not np.isfinite(values).all():
             raise UserError("the base model gives values that are no numbers; its weights are damaged, or it needs "
                             "precision fp32")
@@ -292,7 +309,8 @@ class _BlockCache:
             self._where[key], self._seconds[key] = (block, row), seconds
 
     def rows(self, keys: Sequence[bytes]) -> tuple[np.ndarray, list[float]]:
-        """(N, *shape) float32 and the seconds that each row once took."""
+        """(N, *shape) and the seconds that each row once took."""
+        self._find_again(keys)
         wanted: dict[int, tuple[Any, list[int], list[int]]] = {}
         for place, key in enumerate(keys):
             block, row = self._where[key]
@@ -303,9 +321,24 @@ class _BlockCache:
         for block, places, rows in wanted.values():
             values = _load(block)["values"] if isinstance(block, Path) else block
             if found is None:
-                found = np.empty((len(keys), *values.shape[1:]), np.float32)
+                found = np.empty((len(keys), *values.shape[1:]), values.dtype)
             found[places] = values[rows]
         return np.zeros((0, 1), np.float32) if found is None else found, [self._seconds[key] for key in keys]
+
+    def _find_again(self, keys: Sequence[bytes]) -> None:
+        """Look the folder through once more where a block was merged away by another process."""
+        blocks = {id(block): block for block, _ in (self._where[key] for key in keys)}.values()
+        gone = [block for block in blocks if isinstance(block, Path) and not block.is_file()]
+        if not gone:
+            return
+        lost = [key for key, (block, _) in self._where.items() if block in gone]
+        for key in lost:
+            del self._where[key]
+        for file in sorted(self._folder.glob("*.safetensors")):
+            self._index(file)
+        if any(key not in self._where for key in keys):
+            raise MissingSetup(f"{gone[0]}: this block of the cache of readings was deleted meanwhile; run the command "
+                               "again, its prompts are read anew")
 
     def merge(self) -> None:
         """Put the small blocks of this folder together; blocks that another process wrote stay as they are."""
@@ -364,5 +397,5 @@ def _load(file: Path) -> dict[str, np.ndarray]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise MissingSetup(f"{file}: a block of the cache of readings went away or is damaged ({error}); run the "
-                           "command again, it is read anew") from None
+        raise MissingSetup(f"{file}: this block of the cache of readings is damaged ({error}); delete it and run the "
+                           "command again, its prompts are read anew") from None

@@ -16,6 +16,8 @@ import inspect
 import json
 import logging
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -183,7 +185,7 @@ def _from_pretrained(folder: Path, four_bit: bool, dtype: str) -> Any:
     low = four_bit or dtype == "bf16"
     more = {"quantization_config": _four_bit_config(), "device_map": {"": device}} if four_bit else {}
     try:
-        with quiet_loading():
+        with quiet_loading(), _quiet_packages():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16 if low else torch.float32, local_files_only=True, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True, **more)
@@ -210,7 +212,6 @@ def _four_bit_config() -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise MissingSetup("four-bit loading needs the package bitsandbytes, which is not installed; run "
                            "`pip install bitsandbytes`, or go without --four_bit")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line about an optional package at every import
     if not torch.cuda.is_available():
         _say_slow()
     from transformers import BitsAndBytesConfig
@@ -244,8 +245,6 @@ def _widen(model: Any) -> None:
 
 
 def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> tuple[Any, Any]:
-    from peft import PeftModel
-
     if not (folder / "adapter_model.safetensors").is_file():
         raise MissingSetup(f"{folder}: {ADAPTER_CARD} is there and adapter_model.safetensors is not; fetch the whole "
                            "folder again, or train the adapter again")
@@ -256,7 +255,10 @@ def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> 
         check_weights(base, known, str(folder))
     model, tokenizer = load_causal(base, four_bit=four_bit, dtype=dtype)
     try:
-        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
+        with _quiet_packages():
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         line = _first_line(error)
         raise UserError(f"{folder}: the adapter does not fit its base model {base} ({line}); it was trained on another "
@@ -274,15 +276,26 @@ def check_weights(base: Path, known: str, who: str) -> None:
 def add_lora(model: Any, *, r: int = 16, alpha: int = 32, dropout: float = 0.05, seed: int = 0) -> Any:
     """The model with fresh LoRA adapters on all its linear layers; only they train. Equal seeds, equal start."""
     import torch
-    from peft import LoraConfig, get_peft_model
 
-    state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    try:
+    with _quiet_packages(), torch.random.fork_rng():
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(seed)
         return get_peft_model(model, LoraConfig(r=r, lora_alpha=alpha, lora_dropout=dropout, bias="none",
                                                 target_modules="all-linear", task_type="CAUSAL_LM"))
-    finally:
-        torch.random.set_rng_state(state)
+
+
+@contextmanager
+def _quiet_packages() -> Iterator[None]:
+    """Leave away what peft and bitsandbytes say on import of packages that play no part here."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line about an optional package at every import
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else deepspeed, imported by accelerate, warns of a missing GPU
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _check_has_weights(folder: Path) -> None:

@@ -193,13 +193,16 @@ def read_history(folder: str | Path) -> list[dict[str, Any]]:
 # ---- in a Trainer ---------------------------------------------------------------------------------------------------
 
 
-def monitor_callback(monitor: DecisionMonitor, decide: Callable[[], np.ndarray], every: str | int = "epoch",
+def monitor_callback(monitor: DecisionMonitor, decide: Callable[[], np.ndarray] | None, every: str | int = "epoch",
                      at_start: bool = True) -> Any:
     """A `transformers.TrainerCallback` that looks at each epoch's end, or each `every` steps and at the last one.
 
+    With no `decide` it never looks and only tells the monitor how long the run is and where it resumes: for a trainer
+    that hands the decisions of its own evaluation to `observe`.
+
     All ranks call `decide` at the same places (sharded weights need that), rank 0 scores. `decide` runs without
     gradients and in eval mode; training mode of every module and all random states are put back, so that the losses are
-    those of a run without a monitor. Its result may be None on ranks other than 0.
+    those of a run without a monitor. Only rank 0's result is read.
     """
     from transformers import TrainerCallback
 
@@ -226,7 +229,7 @@ def monitor_callback(monitor: DecisionMonitor, decide: Callable[[], np.ndarray],
                 self.look(state, model)
 
         def look(self, state: Any, model: Any) -> None:
-            if state.global_step == self.looked:
+            if decide is None or state.global_step == self.looked:
                 return
             self.looked = state.global_step
             with undisturbed(model):

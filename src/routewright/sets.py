@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from routewright.pool import Pool, model_from_entry
 from routewright.prompts import full_text, normalise, seed_splits
 from routewright.reward import Reward
 from routewright.templates import LEVELS, Template
-from routewright.textfiles import damage, nearest, need_file, open_text, parse_row, read_jsonl, write_atomic, write_json
+from routewright.textfiles import nearest, need_file, parse_row, read_jsonl, write_atomic, write_json, write_jsonl
 
 COST_UNITS = ("dearest", "usd")
 QUALITIES = ("mean", "greedy")
@@ -40,8 +40,8 @@ ALL_WRONG = ("cheapest", "drop")
 KINDS = {"alpaca": ("instruction", "response"), "dpo": ("prompt", "chosen", "rejected")}
 TOP_SHARE = 0.9  # of one label, from which the set is reported as lopsided
 _SAME = 1e-9  # rewards this close are equal: sums in another order must not make a winner
-_CARD_KEYS = ("kind", "template", "pool", "models", "reward", "cost_unit", "unit_usd", "quality", "cache",
-              "cache_fingerprint", "split", "split_seed", "counts", "dropped", "dev")
+_SOURCE_KEYS = ("pool", "models", "cache", "cache_fingerprint", "split_seed")  # of a card: what to load outcomes by
+_CURE = "build the set again with build_sets.py"
 
 Say = Callable[[str], None]
 
@@ -91,7 +91,7 @@ def reward_of_card(card: Mapping[str, Any], where: str) -> Reward:
         settings = {k: math.inf if v is None else v for k, v in entry.items() if k != "name"}
         return Reward(**settings)
     except (AttributeError, TypeError, UserError) as error:
-        raise UserError(f"{where}: the reward is damaged ({error}); build the set again with build_sets.py") from None
+        raise UserError(f"{where}: the reward is damaged ({error}); {_CURE}") from None
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -253,11 +253,14 @@ def table_of_card(card: Mapping[str, Any], where: str, cache: str | Path = "") -
     `cache` stands in for the path in the card, where the cache has moved. Raises UserError when it is missing or holds
     other outcomes.
     """
+    missing = [key for key in _SOURCE_KEYS if key not in card]
+    if missing:
+        raise UserError(f"{where}: `{missing[0]}` is missing, so the outcomes behind the set are not known; {_CURE}")
     table = table_of_cache(cache or card["cache"], pool_of_card(card, where), card["models"], card["split_seed"],
-                            card["quality"])
+                           card.get("quality", "mean"))
     if table.fingerprint != card["cache_fingerprint"]:
         raise UserError(f"{where}: the set was made from other outcomes (fingerprint {card['cache_fingerprint']}) than "
-                        f"{cache or card['cache']} holds now ({table.fingerprint}); build it again with build_sets.py")
+                        f"{cache or card['cache']} holds now ({table.fingerprint}); {_CURE}")
     return table
 
 
@@ -265,7 +268,7 @@ def pool_of_card(card: Mapping[str, Any], where: str) -> Pool:
     """The pool, prices included, that a set's card holds. Raises UserError naming `where`."""
     entry = card.get("pool")
     if not isinstance(entry, Mapping) or not isinstance(entry.get("models"), list):
-        raise UserError(f"{where}: the pool is damaged; build the set again with build_sets.py")
+        raise UserError(f"{where}: the pool is damaged; {_CURE}")
     models = tuple(model_from_entry(model, f"{where}: pool.models[{i}]") for i, model in enumerate(entry["models"]))
     return Pool(str(entry.get("name", "")), models, str(entry.get("prices_dated", "")), where)
 
@@ -321,10 +324,12 @@ def write_set(path: str | Path, rows: Sequence[Mapping[str, Any]], card: Mapping
     card of older rows is removed before the rows are replaced.
     """
     path = Path(path)
-    lines = [json.dumps(dict(row), ensure_ascii=False, allow_nan=False) for row in rows]
-    text = "[\n" + ",\n".join(lines) + "\n]\n" if path.suffix == ".json" else "".join(f"{line}\n" for line in lines)
     card_path(path).unlink(missing_ok=True)
-    write_atomic(path, text)
+    if path.suffix == ".json":
+        lines = ",\n".join(json.dumps(dict(row), ensure_ascii=False, allow_nan=False) for row in rows)
+        write_atomic(path, f"[\n{lines}\n]\n".encode("utf-8", "backslashreplace"))
+    else:
+        write_jsonl(path, map(dict, rows))
     write_json(card_path(path), card)
     return path
 
@@ -375,22 +380,13 @@ def read_card(path: str | Path, kind: str = "") -> dict[str, Any] | None:
     file = card_path(path)
     if not file.is_file():
         return None
-    with open_text(file) as reader:
-        try:
-            text = reader.read()
-        except UnicodeDecodeError as error:
-            raise damage(error, str(file)) from None
-    card = parse_row(text, str(file))
-    cure = "build the set again with build_sets.py"
-    missing = [key for key in _CARD_KEYS if key not in card]
-    if missing or card["kind"] not in KINDS:
-        what = f"`{missing[0]}` is missing" if missing else f"kind is {card['kind']!r}, not alpaca or dpo"
-        raise UserError(f"{file}: {what}, so this is no card of a training set; {cure}")
+    card = parse_row(_decoded(file.read_bytes(), file), str(file))
+    if card.get("kind") not in KINDS or not isinstance(card.get("template"), dict):
+        seen = "has no template" if card.get("kind") in KINDS else f"kind is {card.get('kind')!r}, not alpaca or dpo"
+        raise UserError(f"{file}: no card of a training set ({seen}); {_CURE}")
     if kind and card["kind"] != kind:
         raise UserError(f"{path}: a set of kind {card['kind']}, but {kind} rows ({', '.join(KINDS[kind])}) are needed "
                         "here; build_sets.py writes both kinds into one folder")
-    if not isinstance(card["template"], dict):
-        raise UserError(f"{file}: the template is damaged; {cure}")
     return card
 
 
@@ -436,39 +432,33 @@ def _check_against(template: Template, asked: str, answers: Mapping[str, str], w
         raise UserError(f"{where}: {error}") from None
 
 
-def _numbered_rows(path: Path, on_bad: Callable[[UserError], None]) -> Any:
+def _numbered_rows(path: Path, on_bad: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, row) of JSON lines, or of one JSON list in a file that begins with a bracket."""
     need_file(path)
     if path.suffix == ".json":
-        with open_text(path) as reader:
-            raw = reader.buffer.read()
+        raw = path.read_bytes()
         if raw.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
-            yield from _list_rows(raw, path, on_bad)
+            yield from _list_rows(_decoded(raw, path), path, on_bad)
             return
     for line, row in read_jsonl(path, on_bad):
         yield f"{path}:{line}", row
 
 
-def _list_rows(raw: bytes, path: Path, on_bad: Callable[[UserError], None]) -> Any:
+def _decoded(raw: bytes, path: Path) -> str:
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise UserError(f"{path}:{line}: not valid UTF-8 ({error.reason}); re-save the file as UTF-8") from None
-    decoder = json.JSONDecoder()
+
+
+def _list_rows(text: str, path: Path, on_bad: Callable[[UserError], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     at, number = _skip_blanks(text, text.index("[") + 1), 0
-    while text[at:at + 1] != "]" or number:
+    more = text[at:at + 1] != "]"
+    while more:
         number += 1
         where = f"{path}: row {number}"
-        try:
-            _, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            seen = text[at:at + 40].strip()
-            what = f"the list is cut off ({seen!r})" if error.pos >= len(text.rstrip()) - 1 or not seen else \
-                f"not JSON ({error.msg} in line {error.lineno}: {seen!r})"
-            raise UserError(f"{where}: {what}; write the file again") from None
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not readable ({error}); fix or remove the row") from None
+        end = _end_of_value(text, at, where)
         try:
             row = parse_row(text[at:end], where)
         except UserError as error:
@@ -476,15 +466,26 @@ def _list_rows(raw: bytes, path: Path, on_bad: Callable[[UserError], None]) -> A
         else:
             yield where, row
         at = _skip_blanks(text, end)
-        if text[at:at + 1] == "]":
-            break
-        if text[at:at + 1] != ",":
-            raise UserError(f"{where}: expected a comma or the end of the list after it, got {text[at:at + 20]!r}; "
-                            "write the file again")
-        at = _skip_blanks(text, at + 1)
+        more = text[at:at + 1] == ","
+        if not more and text[at:at + 1] != "]":
+            what = f"found {text[at:at + 20]!r}" if text[at:] else "the file is cut off"
+            raise UserError(f"{where}: a comma or the end of the list must follow it, but {what}; write the file again")
+        at = _skip_blanks(text, at + 1) if more else at
     rest = text[_skip_blanks(text, at + 1):]
     if rest:
         raise UserError(f"{path}: text follows the end of the list ({rest[:40]!r}); remove it")
+
+
+def _end_of_value(text: str, at: int, where: str) -> int:
+    """Where the JSON value that begins at `at` ends. Raises UserError starting with `where`."""
+    try:
+        return json.JSONDecoder().raw_decode(text, at)[1]
+    except json.JSONDecodeError as error:
+        cut = error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string")
+        what = "the file is cut off in it" if cut else f"not JSON ({error.msg} in line {error.lineno})"
+        raise UserError(f"{where}: {what}; write the file again") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not readable ({error}); fix or remove the row") from None
 
 
 def _skip_blanks(text: str, at: int) -> int:

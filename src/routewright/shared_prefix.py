@@ -201,21 +201,26 @@ def _make_trainer() -> type:
         def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
             return dataset  # the library's moment, in its constructor; ours is add_reference
 
-        def train(self, *args: Any, **kwargs: Any) -> Any:
-            self.add_reference()
-            return super().train(*args, **kwargs)
+        def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            self.add_reference(resuming=bool(resume_from_checkpoint))
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
-        def add_reference(self) -> None:
+        def add_reference(self, resuming: bool = False) -> None:
             """Put the start policy's log-probs beside each pair; all ranks. Call it before any weight has moved.
 
-            They come from the run folder where a run with these rows and start weights left them.
+            They come from the run folder where a run with these rows and start weights left them. A run that resumes
+            must find no others there: raises UserError.
             """
             sets = {name: rows for name, rows in (("train", self.train_dataset), ("eval", self.eval_dataset)) if rows}
             if all("ref_chosen_logps" in rows.column_names for rows in sets.values()):
                 return
             file = Path(self.args.output_dir) / REFERENCE
-            mark = self._start_mark(sets)
-            found = read_reference(file, mark)
+            mark, found = self._start_mark(sets), read_reference(file)
+            if found and found.pop("mark") != mark:
+                if resuming:
+                    raise UserError(f"{file}: the run began with other pairs or other start weights than this one has; "
+                                    "give the same base model, warm start and data, or start anew with --resume none")
+                found = None
             held = self.accelerator.gather(torch.tensor([found is not None], device=self.accelerator.device))
             if not held.all():
                 self._check_sharing(next(iter(sets.values())))
@@ -227,15 +232,15 @@ def _make_trainer() -> type:
                 setattr(self, f"{name}_dataset", rows.add_column("ref_rejected_logps", found[name][:, 1].tolist()))
 
         def _start_mark(self, sets: dict[str, Any]) -> str:
-            """Digest of the rows and of every weight as it stands now."""
+            """Digest of the rows and of every weight as it stands now; packed 4-bit ones are left out."""
             digest = hashlib.sha256()
             for name, rows in sorted(sets.items()):
                 digest.update(name.encode())
                 for row in rows:
                     digest.update(repr([row[k] for k in ("prompt_ids", "chosen_ids", "rejected_ids")]).encode())
-            for name, value in sorted(self.model.state_dict().items()):
-                digest.update(name.encode())
-                if isinstance(value, torch.Tensor) and value.numel():
+            for name, value in sorted(self.model.named_parameters()):
+                if value.is_floating_point() and value.numel():
+                    digest.update(name.encode())
                     digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
             return digest.hexdigest()[:16]
 
@@ -361,17 +366,16 @@ def _as_they_came(model: Any, came: dict[str, Any], four_bit: bool) -> None:
 
 # ---- the reference file ---------------------------------------------------------------------------------------------
 
-def read_reference(file: Path, mark: str) -> dict[str, np.ndarray] | None:
-    """{set: (N, 2) log-probs} of the file, or None where it is missing, damaged or of other rows or weights."""
+def read_reference(file: Path) -> dict[str, Any] | None:
+    """{set: (N, 2) log-probs} of the file and its `mark`, or None where it is missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="np") as opened:
-            if (opened.metadata() or {}).get("mark") == mark:
-                return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return {"mark": (opened.metadata() or {}).get("mark"),
+                    **{name: opened.get_tensor(name) for name in opened.keys()}}  # noqa: SIM118
     except (OSError, SafetensorError):
-        pass
-    return None
+        return None
 
 
 def write_reference(file: Path, mark: str, logps: dict[str, np.ndarray]) -> None:

@@ -35,6 +35,7 @@ Importing this module does not import torch; `SafeTrainer` and `EpochNames` do, 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import json
 import math
@@ -68,12 +69,26 @@ def safety_arguments() -> dict[str, Any]:
 
     `use_cpu`: without it two CPU ranks each train alone. `average_tokens_across_devices=False`: encoder classifiers
     would multiply their loss by the number of ranks. The process-group timeout is explicit, in seconds.
+    Call it before TrainingArguments are made: it also keeps DeepSpeed on CPU ranks from compiling an extension.
     """
     import torch
 
     gpu = torch.cuda.is_available()
+    if not gpu and "WORLD_SIZE" in os.environ:
+        _without_shared_memory_extension()
     return {"use_cpu": not gpu, "dataloader_pin_memory": gpu, "average_tokens_across_devices": False,
             "ddp_find_unused_parameters": False, "ddp_timeout": 600, "report_to": "none"}
+
+
+def _without_shared_memory_extension() -> None:
+    """Let DeepSpeed's CPU ranks talk over gloo alone.
+
+    Else each start builds an extension for reductions in shared memory: a C++ compiler, a minute and 3 GB the first
+    time, and a failed run where there is no compiler. It only matters for speed, between ranks of one machine.
+    """
+    with contextlib.suppress(ImportError):
+        # Not `import deepspeed.comm.torch as ...`: an attribute of that name hides the module, it is torch itself.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 class _Stopped(Exception):

@@ -1,0 +1,676 @@
+"""Trains a causal language model as a router on preferences between decisions: DPO with LoRA, in 4 bits on 8 GB.
+
+A pair is one prompt and two labels: the model whose answer earned more there (chosen) and one whose answer earned
+less (rejected), quality and cost weighed by the reward of the set. `build_sets.py` makes pairs from an outcome cache;
+without `--data` they are built from `--cache` in memory. DPO (Rafailov et al. 2023, TRL's DPOTrainer) raises the
+log-prob of the chosen label over that of the rejected one, measured from where training began. A router of train_llm.py
+or of this script can be that beginning (`--warm_start`). Afterwards the router reads the logits of the labels.
+
+Departures from the offline-DPO project and from TRL:
+- any number of models with their recorded costs, where there was one fixed remote call and no cost in the pairs
+- a pair is one sequence and the vocabulary is computed for answer positions only (`shared_prefix`): equal losses
+- no end token after a label: its log-prob could move the loss without moving a decision
+- the reference is the policy at the start, warm start included: its log-probs are kept in the run folder, so that no
+  second model is held and a resumed run measures from the same place
+- the epoch that is kept is the one whose decisions earn most on the cache's dev prompts. The loss on dev pairs counts
+  a pair worth .01 like one worth .9, so it may fall while decisions get worse; it decides only where no cache is known
+- base models over 7B parameters are refused; neither Ray nor vLLM nor SGLang plays a part
+
+8 GB card:     accelerate launch --config rtx4060.yaml src/train_dpo.py        (in a shell that sourced cmd/env.sh)
+               accelerate launch --config_file accelerate_configs/rtx4060.yaml src/train_dpo.py
+               ... src/train_dpo.py --config configs/train_dpo/rtx4060.yaml --warm_start data/runs/sft
+Any device:    python src/train_dpo.py                          (bare: pairs of the shipped sample cache)
+               python src/train_dpo.py --config configs/train_dpo/sample.yaml
+Many devices:  torchrun --nproc_per_node=4 src/train_dpo.py ...
+
+Reads DATA, its card and dev twin, and the cache the card names; or the cache alone. Writes into OUT: the router folder
+(LoRA adapter, or whole weights for --lora_r 0, tokenizer, router.json), the resumable checkpoints `checkpoint-<step>`
+with a name `checkpoint_epoch_<k>` for each epoch's end (the last 3 and the best are kept), reference_logps.safetensors,
+train_log.jsonl, monitor.jsonl, dev_scores.json (each figure also at the start) and config.resolved.yaml. The same line
+again goes on where a stopped run was.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from routewright import sets
+from routewright.base_models import choose_precision, median_rows
+from routewright.errors import UserError
+from routewright.language_models import (
+    ADAPTER_CARD,
+    adapter_base,
+    add_lora,
+    check_size,
+    choose_wrap,
+    count_parameters,
+    encode_instructions,
+    find_causal,
+    label_ids,
+    label_logits,
+    load_causal,
+)
+from routewright.launch import launch
+from routewright.prompts import full_text
+from routewright.reward import Reward
+from routewright.router_data import LengthGroupedOrder, PadBatch, hold_out
+from routewright.templates import Template
+from routewright.textfiles import write_json
+from routewright.training import LOG_STEPS, Say, check_trainer_names, console, is_score, make_reporter, quiet_libraries
+
+BASE_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
+LEARNING_RATE = 5e-5
+SMALL, SMALL_LEARNING_RATE = 50_000_000, 1e-3  # parameters below which a base is a toy: bigger steps, bare style
+VALIDATION_SHARE = 0.1  # held out by near-duplicate group where the set has no dev twin
+KEPT = 3  # checkpoints; the best one is always among them
+PLAIN = Template("difficulty", ("any",), "bare")  # for pairs without a card: the prompt is all prompt
+OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
+         "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
+         "bf16": "precision", "fp16": "precision", "report_to": "wandb", "max_length": "max_length", "beta": "beta",
+         "loss_type": "loss"}
+
+Rows = list[dict[str, Any]]
+
+
+def main(
+    *,
+    # Files
+    data: str = "",  # pairs: prompt, chosen, rejected (JSON list or JSONL), card beside it; empty: built from --cache
+    val: str = "",  # pairs to validate on; empty: the dev twin that the card names, else a tenth held out by group
+    # outcome cache: pairs where there is no --data, calibration and the monitor; empty: the one the card names, or
+    # data/sample
+    cache: str = "",
+    output_dir: str = "data/runs/dpo",  # the router folder and its checkpoints
+    skip_bad: int = 0,  # bad rows to pass over before stopping
+    # Model
+    # folder or hub id, up to 7B parameters; auto: Qwen/Qwen2.5-1.5B-Instruct, or the sample pool's strong model where
+    # its weights are neither on this machine nor to be had from the hub
+    model_name: str = "auto",
+    warm_start: str = "",  # router folder of train_llm.py or train_dpo.py to begin with, whole or adapter
+    max_length: int = 1024,  # tokens of a prompt with its answer; only the prompt inside it is cut
+    wrap: Literal["auto", "alpaca", "chat", "none"] = "auto",  # around the prompt; auto: the warm start's, or chat
+    four_bit: bool | None = None,  # 4-bit base weights (NF4, double quantisation); none: on a GPU yes, on a CPU no
+    lora_r: int = 16,  # rank of LoRA adapters on all linear layers; 0: all weights are trained
+    lora_alpha: int = 32,  # their scale is alpha / r
+    lora_dropout: float = 0.05,  # dropout inside them
+    # Training
+    beta: float = 0.1,  # how dear it is to leave the start
+    loss: Literal["sigmoid", "ipo", "hinge", "robust"] = "sigmoid",  # robust takes --trainer.label_smoothing
+    batch_size: int = 1,  # pairs per device and step
+    global_batch_size: int = 16,  # pairs per update over devices and accumulation
+    learning_rate: float | None = None,  # peak, after 10 % warm-up, then cosine to 0; none: 5e-5, 1e-3 for toy bases
+    epochs: int = 3,  # passes over the pairs; a checkpoint_epoch_k each
+    patience: int = 2,  # epochs without a better dev reward (dev loss without a cache) before stopping; 0: never
+    # auto: bf16 where the GPU has it, or where this CPU is measured to gain by it; 4-bit weights always take bf16
+    precision: Literal["auto", "bf16", "fp32"] = "auto",
+    seed: int = 42,  # of new adapters, the order of pairs and dropout
+    # Run
+    # auto: go on from the newest whole checkpoint of output_dir; none: start anew and set older ones aside; or the
+    # path of a checkpoint
+    resume: str = "auto",
+    wandb: bool = False,  # record to W&B, offline where there is no key
+    check_only: bool = False,  # check options, pairs, weights and answer tokens, then stop
+    trainer: dict | None = None,  # more settings under their trl.DPOConfig names
+) -> None:
+    say = console()
+    extra = check_options(locals())
+    out = Path(output_dir)
+
+    start = find_start(model_name, warm_start, wrap, out, say)
+    source = load_source(data, val, cache, skip_bad, start, say)
+    if four_bit is None:
+        four_bit = on_gpu() and (bool(lora_r) or start.adapter)
+    check_method(start, four_bit, lora_r, precision, say)
+    learning_rate = learning_rate or (SMALL_LEARNING_RATE if start.small else LEARNING_RATE)
+    say(f"{len(source.train)} train and {len(source.dev)} validation pairs, {source.words}, base model {start.name}"
+        f"{', warm start ' + warm_start if warm_start else ''}, {'LoRA' if lora_r or start.adapter else 'all weights'}"
+        f"{' over 4 bits' if four_bit else ''}, learning rate {learning_rate:g}")
+    if check_only:
+        check_tokens(start, source, max_length)
+        return
+
+    from routewright import tracking
+    from routewright.encoders import longest_input
+    from routewright.rank_watch import guard_process
+
+    guard_process()
+    quiet_libraries()
+    model, tokenizer = build_model(start, four_bit, lora_r, lora_alpha, lora_dropout, seed)
+    wrap = choose_wrap(start.wrap, tokenizer)
+    longest = min(max_length, longest_input(model, tokenizer))
+    rows = tuple(encode(tokenizer, source, part, wrap, longest) for part in (source.train, source.dev))
+    bf16 = four_bit or choose_precision(precision, model, probe_batch(tokenizer, rows[0]), out, say) == "bf16"
+    arguments = training_arguments(
+        output_dir=output_dir, batch_size=batch_size, global_batch_size=global_batch_size, learning_rate=learning_rate,
+        epochs=epochs, bf16=bf16, seed=seed, rows=len(rows[0]), max_length=longest, beta=beta, loss=loss,
+        dropout=bool(lora_r and lora_dropout), four_bit=four_bit, by_reward=source.rewards is not None, extra=extra)
+    method = {"pairs": source.words, "base_model": start.name, "warm_start": warm_start, "max_length": longest,
+              "wrap": wrap, "four_bit": four_bit, "lora_r": lora_r, "lora_alpha": lora_alpha,
+              "lora_dropout": lora_dropout, "beta": beta, "loss": loss, "bf16": bf16, "patience": patience}
+
+    with tracking.start("routewright", f"train_dpo-{out.name}", out,
+                        {**method, "learning_rate": learning_rate, "epochs": epochs, "rows": len(rows[0])},
+                        mode="auto" if wandb else "off", job_type="train") as tracker:
+        reader = Reader(source, tokenizer, wrap, longest) if source.rewards is not None else None
+        run = build_trainer(model, tokenizer, arguments, source, rows, reader, method=method, tracker=tracker, say=say)
+        run.run(resume=resume)
+        if is_saved(run, out, source):
+            say(f"this run was finished before; its {source.product}: {out} (--resume none trains anew)")
+            return
+        scores = score_validation(run, reader, source)
+        save(run, out)
+        if source.table is not None:
+            write_router(run, out, source, tokenizer, wrap=wrap, max_length=longest, base_model=start.name,
+                         four_bit=four_bit, seed=seed, say=say)
+        if run.is_world_process_zero():
+            report(scores, out, source, tracker, say)
+        run.accelerator.wait_for_everyone()
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+def check_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
+    least_values = {"skip_bad": 0, "max_length": 8, "lora_r": 0, "lora_alpha": 1, "batch_size": 1,
+                    "global_batch_size": 1, "epochs": 1, "patience": 0}
+    for name, least in least_values.items():
+        if given[name] < least:
+            raise UserError(f"--{name} must be {least} or more; got {given[name]}")
+    for name in ("learning_rate", "beta"):
+        if given[name] is not None and not given[name] > 0:
+            raise UserError(f"--{name} must be above 0; got {given[name]}")
+    if not 0 <= given["lora_dropout"] < 1:
+        raise UserError(f"--lora_dropout must be from 0 to below 1; got {given['lora_dropout']}")
+    if given["val"] and not given["data"]:
+        raise UserError("--val belongs to --data; a cache brings its own dev split")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    whole = given["batch_size"] * world
+    if given["global_batch_size"] % whole:
+        raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
+                        f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
+    return check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:DPOConfig")
+
+
+def on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def check_method(start: Start, four_bit: bool, lora_r: int, precision: str, say: Say) -> None:
+    """What this base model can be trained with on this machine. Raises UserError."""
+    if four_bit and not (lora_r or start.adapter):
+        raise UserError("--four_bit true freezes the base weights, so there is nothing to train without adapters; "
+                        "leave --lora_r at 16")
+    if four_bit and precision == "fp32":
+        raise UserError("--four_bit computes in bf16; leave --precision auto")
+    if four_bit and not on_gpu():
+        say("WARNING: 4-bit on the CPU, slow; --four_bit false is faster here")
+
+
+# --- where training begins --------------------------------------------------------------------------------------------
+
+@dataclass
+class Start:
+    """The weights to begin with. name: of the base model; folder: of the weights or adapter; template, wrap: how a
+    warm start was asked, else None and what `--wrap` says."""
+
+    name: str
+    folder: Path
+    adapter: bool
+    small: bool
+    wrap: str
+    template: Template | None = None
+
+
+def find_start(model_name: str, warm_start: str, wrap: str, out: Path, say: Say) -> Start:
+    """Base model or warm start, found and small enough. Raises UserError and MissingSetup."""
+    card: dict[str, Any] = {}
+    if warm_start:
+        card, folder = read_warm_start(warm_start, out)
+        name = str(card.get("base_model") or folder)
+    else:
+        base = find_causal(model_name, say, BASE_MODEL)
+        folder, name = base.folder, base.name
+    adapter = (folder / ADAPTER_CARD).is_file()
+    check_size(folder, name)
+    if warm_start and model_name != "auto":
+        check_same_base(folder, adapter, model_name, warm_start, say)
+    if warm_start and not adapter:
+        name = str(warm_start)  # its weights are a base model of their own
+    known = str((card.get("options") or {}).get("wrap") or "auto")
+    if "auto" not in (known, wrap) and known != wrap:
+        raise UserError(f"{warm_start}: it was trained with wrap {known} and is asked for {wrap}; leave --wrap away")
+    template = Template.from_card(card.get("template") or {}, f"{warm_start}/router.json") if card else None
+    return Start(name, folder, adapter, count_parameters(folder) < SMALL, known if wrap == "auto" else wrap, template)
+
+
+def read_warm_start(warm_start: str, out: Path) -> tuple[dict[str, Any], Path]:
+    """(router.json, folder) of a language-model router that decides. Raises UserError."""
+    from routewright.routers.base import read_card
+
+    folder = Path(warm_start)
+    card = read_card(folder)
+    if folder.resolve() == out.resolve():
+        raise UserError(f"--warm_start {warm_start} is the output folder too, whose weights would be overwritten; "
+                        "choose another --output_dir")
+    if card["kind"] not in ("llm", "dpo") or not any((folder / n).is_file() for n in (ADAPTER_CARD, "config.json")):
+        raise UserError(f"{warm_start}: a {card['kind']} router cannot be trained further here; --warm_start takes a "
+                        "folder of train_llm.py or train_dpo.py")
+    mode = (card.get("template") or {}).get("mode")
+    if mode != "decision":
+        raise UserError(f"{warm_start}: its answers are levels of difficulty, and pairs hold decisions; warm-start "
+                        "from a router of decisions (build_sets.py --mode decision)")
+    return card, folder
+
+
+def check_same_base(folder: Path, adapter: bool, model_name: str, warm_start: str, say: Say) -> None:
+    """A base model that is named beside a warm start must be the one that it belongs to."""
+    if not adapter:
+        raise UserError(f"--warm_start {warm_start} holds whole weights, so --model_name {model_name} would not be "
+                        "used; give one of the two")
+    own, named = adapter_base(folder), find_causal(model_name, say, BASE_MODEL).folder
+    if own.resolve() != Path(named).resolve():
+        raise UserError(f"--warm_start {warm_start}: this adapter belongs to the base model {own}, not to "
+                        f"{model_name}; leave --model_name away")
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Source:
+    """The pairs and the outcomes behind them.
+
+    template: None for pairs of free text. table, dev_table: the train and dev split of the cache; rewards: (N, M) of
+    the dev split, with the models of the template as columns.
+    """
+
+    name: str
+    train: Rows
+    dev: Rows
+    template: Template | None = None
+    table: Any = None
+    dev_table: Any = None
+    rewards: np.ndarray | None = None
+
+    @property
+    def words(self) -> str:
+        return f"decisions among {', '.join(self.template.models)}" if self.template else "plain answers"
+
+    @property
+    def product(self) -> str:
+        return "router" if self.table is not None else "weights"
+
+
+def load_source(data: str, val: str, cache: str, skip_bad: int, start: Start, say: Say) -> Source:
+    """Every pair checked before any weight is loaded; warnings go to `say`. Raises UserError naming file and row."""
+    if not data:
+        return pairs_of_cache(cache or "data/sample", start, say)
+    rows, card = sets.read_set(data, "dpo", skip_bad, say)
+    twin = val or (str(Path(data).parent / card["dev"]) if card and card["dev"] else "")
+    if twin and not val and not Path(twin).is_file():
+        say(f"warning: {data}: its dev set {twin} is not there; a tenth of the prompts is held out instead")
+        twin = ""
+    if twin:
+        held, held_card = sets.read_set(twin, "dpo", skip_bad, say)
+        check_apart(rows, held, data, twin)
+        if held_card and (card is None or held_card["template"] != card["template"]):
+            raise UserError(f"{twin}: these pairs were built with another template than {data}; build both in one go")
+    else:
+        rows, held = hold_out_prompts(rows)
+    if card is None:
+        say(f"WARNING: {data} has no card, so nothing says which models its answers stand for: the result will be a "
+            "preference-tuned language model and no router; build pairs with build_sets.py to train one")
+        if start.template:
+            raise UserError(f"{data}: pairs without a card do not say whether their answers mean what those of the "
+                            "warm start mean; build them with build_sets.py")
+        return Source(data, rows, held)
+    source = Source(data, rows, held, Template.from_card(card["template"], data))
+    check_template(source, start)
+    add_outcomes(source, card, cache, say)
+    return source
+
+
+def check_apart(rows: Rows, held: Rows, data: str, twin: str) -> None:
+    """Validation prompts must be new: one that was seen in training measures memory."""
+    seen = {row["prompt"]: number for number, row in enumerate(rows, 1)}
+    shared = [number for number, row in enumerate(held, 1) if row["prompt"] in seen]
+    if shared:
+        row = held[shared[0] - 1]
+        raise UserError(f"{twin}: row {shared[0]}: this prompt is also among the training pairs ({data}: row "
+                        f"{seen[row['prompt']]}), as are {len(shared) - 1} more; remove them, or leave --val empty")
+
+
+def hold_out_prompts(rows: Rows) -> tuple[Rows, Rows]:
+    """(train, held) pairs; all pairs of a prompt, and of its near-duplicates, on one side."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    held = {prompts[i] for i in hold_out(prompts, VALIDATION_SHARE)[1]}
+    return [r for r in rows if r["prompt"] not in held], [r for r in rows if r["prompt"] in held]
+
+
+def check_template(source: Source, start: Start) -> None:
+    """A warm start must have been asked as these pairs ask, or its labels would mean other models."""
+    if start.template and start.template != source.template:
+        theirs, ours = start.template, source.template
+        what = (f"models {', '.join(theirs.models)}" if theirs.models != ours.models else f"style {theirs.style}"
+                if theirs.style != ours.style else "other words or prices")
+        raise UserError(f"{source.name}: these pairs ask otherwise than the warm start was trained to answer (there: "
+                        f"{what}); build both sets with one call of build_sets.py")
+
+
+def add_outcomes(source: Source, card: dict[str, Any], cache: str, say: Say) -> None:
+    """The outcomes that calibrate the router and show what its decisions earn, divided as the pairs were."""
+    from routewright.outcomes import cache_file
+
+    try:
+        cache_file(cache or card["cache"])
+    except UserError:
+        if cache:
+            raise
+        say(f"WARNING: {source.name}: its cache {card['cache']} is not here, so the weights will be trained but no "
+            "router.json written; give --cache, now or by running the same line again")
+        return
+    table = sets.table_of_card(card, source.name, cache)
+    source.table = table.split(card["split"] or "train")
+    if "dev" in table.splits:
+        source.dev_table = table.split("dev")
+        reward = sets.reward_of_card(card, source.name)
+        source.rewards = sets.reward_table(source.dev_table, reward, card["cost_unit"], card["unit_usd"])
+
+
+def pairs_of_cache(cache: str, start: Start, say: Say) -> Source:
+    """Pairs of the linear reward, best model against each other one, as build_sets.py makes them by default."""
+    table = sets.table_of_cache(cache, models=start.template.models if start.template else None)
+    for split in ("train", "dev"):
+        if split not in table.splits:
+            raise UserError(f"{cache}: no prompt is in split {split}; divide it with build_sets.py --split_seed 0 and "
+                            "give its pairs as --data")
+    style = "bare" if start.small else "full"
+    template = start.template or Template.of_pool(table.pool, table.models, "decision", style)
+    reward, parts = Reward.named("linear"), {}
+    unit = sets.cost_unit_of(table.split("train"))
+    for split in ("train", "dev"):
+        part, _ = sets.merge_duplicates(table.split(split))
+        rewards = sets.reward_table(part, reward, unit_usd=unit)
+        parts[split] = sets.dpo_rows(part, template, sets.preference_pairs(rewards, part.cost, part.quality_mean))
+    if not parts["train"] or not parts["dev"]:
+        raise UserError(f"{cache}: its models earn the same on every prompt of a split, so there are no pairs")
+    say(f"pairs of {cache}: linear reward, the best model against each other one (build_sets.py offers more)")
+    dev = table.split("dev")
+    return Source(cache, parts["train"], parts["dev"], template, table.split("train"), dev,
+                  sets.reward_table(dev, reward, unit_usd=unit))
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+def encode(tokenizer: Any, source: Source, rows: Rows, wrap: str, max_length: int) -> Rows:
+    """prompt_ids, chosen_ids and rejected_ids per pair; of a label its one token, of free text also the end token."""
+    sides = ("chosen", "rejected")
+    if source.template is not None:
+        ids = label_ids(tokenizer, source.template, wrap)
+        answers = {label: [ids[i]] for i, label in enumerate(source.template.labels)}
+        texts = {row[side]: answers[source.template.labels[source.template.parse(row[side])]]
+                 for row in rows for side in sides}
+    else:
+        distinct = list(dict.fromkeys(row[side] for row in rows for side in sides))
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        found = tokenizer(distinct, add_special_tokens=False)["input_ids"]
+        texts = {text: answer + end for text, answer in zip(distinct, found, strict=True)}
+    room = max_length + 1 - min(max(map(len, texts.values())), max_length // 2)
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))  # a prompt has up to M - 1 pairs
+    made = encode_instructions(tokenizer, source.template or PLAIN, wrap, prompts, room)
+    of_prompt = dict(zip(prompts, made, strict=True))
+    return [{"prompt_ids": of_prompt[row["prompt"]], "chosen_ids": texts[row["chosen"]],
+             "rejected_ids": texts[row["rejected"]]} for row in rows]
+
+
+def check_tokens(start: Start, source: Source, max_length: int) -> None:
+    """Whether the tokenizer has the wrap and the labels, without loading any weight."""
+    from routewright.encoders import load_tokenizer
+
+    quiet_libraries()
+    tokenizer = load_tokenizer(adapter_base(start.folder) if start.adapter else start.folder)
+    encode(tokenizer, source, source.train[:8], choose_wrap(start.wrap, tokenizer), max_length)
+
+
+def probe_batch(tokenizer: Any, rows: Rows) -> dict[str, Any]:
+    """A few prompts of median length: what a precision is timed on."""
+    return PadBatch(tokenizer.pad_token_id)(median_rows([{"input_ids": row["prompt_ids"]} for row in rows], 4))
+
+
+class Reader:
+    """Reads the network's decisions on the dev prompts of the cache."""
+
+    def __init__(self, source: Source, tokenizer: Any, wrap: str, max_length: int) -> None:
+        template, self.pad_id = source.template, tokenizer.pad_token_id
+        prompts = [template.render(full_text(prompt)) for prompt in source.dev_table.prompts]
+        self.rows = encode_instructions(tokenizer, template, wrap, prompts, max_length)
+        self.labels = label_ids(tokenizer, template, wrap)
+        self.columns = np.array([source.dev_table.models.index(name) for name in template.models])
+
+    def decisions(self, model: Any) -> np.ndarray:
+        """(N,) the model that the network's first choice names, as columns of the table."""
+        return self.columns[label_logits(model, self.rows, self.labels, pad_id=self.pad_id).argmax(1)]
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+def build_model(start: Start, four_bit: bool, lora_r: int, alpha: int, dropout: float, seed: int) -> tuple[Any, Any]:
+    """(model, tokenizer) with what is to be trained in float32: fresh adapters, a warm start's, or all weights.
+
+    Frozen weights are held in 4 bits, in bf16 on a GPU, else in float32.
+    """
+    from transformers import set_seed
+
+    set_seed(seed)
+    frozen = bool(lora_r) or start.adapter
+    dtype = "bf16" if four_bit or (frozen and on_gpu()) else "fp32"
+    model, tokenizer = load_causal(start.folder, four_bit=four_bit, dtype=dtype, trainable_adapter=True)
+    if lora_r and not start.adapter:
+        model = add_lora(model, r=lora_r, alpha=alpha, dropout=dropout, seed=seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model, tokenizer
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: int, learning_rate: float, epochs: int,
+                       bf16: bool, seed: int, rows: int, max_length: int, beta: float, loss: str, dropout: bool,
+                       four_bit: bool, by_reward: bool, extra: dict[str, Any]) -> Any:
+    """DPOConfig: the offline-DPO project's optimizer and schedule, the safety net's, then what `trainer` holds."""
+    from trl import DPOConfig
+
+    from routewright.trainer import safety_arguments
+
+    gpu = on_gpu()
+    accumulation = global_batch_size // (batch_size * int(os.environ.get("WORLD_SIZE", "1")))
+    steps = -(-rows // global_batch_size)
+    settings = {
+        **safety_arguments(), "output_dir": output_dir, "seed": seed, "bf16": bf16, "max_length": max_length,
+        "beta": beta, "loss_type": loss, "disable_dropout": not dropout,
+        "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation,
+        "per_device_eval_batch_size": max(8, batch_size), "num_train_epochs": epochs, "learning_rate": learning_rate,
+        "weight_decay": 0.0, "warmup_steps": 0.1, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0,
+        "optim": "paged_adamw_8bit" if gpu and four_bit else "adamw_torch", "activation_checkpointing": gpu,
+        "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": KEPT, "load_best_model_at_end": True,
+        "metric_for_best_model": "reward" if by_reward else "loss", "greater_is_better": by_reward,
+        "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
+        "log_level": "error", "log_level_replica": "error", **extra}
+    if not gpu and "8bit" in str(settings["optim"]):
+        raise UserError(f"--trainer.optim {settings['optim']}: 8-bit optimizers need a GPU; leave it away here")
+    try:
+        return DPOConfig(**settings)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
+
+
+def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, encoded: tuple[Rows, Rows],
+                  reader: Reader | None, *, method: dict[str, Any], tracker: Any, say: Say) -> Any:
+    """TRL's DPOTrainer on shared prefixes, in the safety net; loss, loop, optimizer and schedule are the library's.
+
+    Token ids and `method` are fingerprinted: a run is only resumed with the same ones.
+    """
+    from datasets import Dataset
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback
+
+    from routewright.checkpoints import fingerprint
+    from routewright.shared_prefix import SharedPrefixTrainer
+    from routewright.trainer import EpochNames, SafetyNet
+
+    whole = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    lengths = [len(row["prompt_ids"]) for row in encoded[0]]
+    order = LengthGroupedOrder(lengths, whole, arguments.seed, grouped=arguments.train_batch_size > 1)
+
+    class RouterDPO(SafetyNet, SharedPrefixTrainer):
+        monitor: Any = None
+
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return order
+
+        def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+            found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if self.monitor:  # it has looked just before, on rank 0
+                seen = self.monitor.history[-1]["dev/reward"] if self.monitor.history else None
+                found.metrics[f"{metric_key_prefix}_reward"] = self._from_all(seen)[0]
+            return found
+
+        def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+            for figures in self._metrics.values():  # of no meaning where an answer is one label
+                for name in ("num_tokens", "entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"):
+                    figures.pop(name, None)
+            super().log(logs, *args, **kwargs)
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """router.json says what this is; the library's own page would be written anew at each checkpoint."""
+
+    callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
+    if method["patience"] and arguments.load_best_model_at_end:
+        callbacks.append(EarlyStoppingCallback(method["patience"]))
+    run = RouterDPO(
+        model=model, args=arguments, train_dataset=Dataset.from_list(encoded[0]),
+        eval_dataset=Dataset.from_list(encoded[1]), processing_class=tokenizer, callbacks=callbacks,
+        row_names=[row_name(source.name, i, row) for i, row in enumerate(source.train)],
+        fingerprints={"data": fingerprint(encoded[0]), "validation data": fingerprint(encoded[1]), "config": method})
+    run.remove_callback(PrinterCallback)
+    run.remove_callback(ProgressCallback)
+    if reader:
+        from routewright.monitor import DecisionMonitor, monitor_callback
+
+        run.monitor = DecisionMonitor(source.dev_table, source.rewards, tracker, say, folder=arguments.output_dir)
+        run.add_callback(monitor_callback(run.monitor, lambda: reader.decisions(run.model)))
+    return run
+
+
+def row_name(path: str, index: int, row: dict[str, Any]) -> str:
+    where = f"{path} prompt {row['prompt_id']}" if row.get("prompt_id") else f"{path}: row {index + 1}"
+    return f"{where}, {row['chosen'][:20]!r} over {row['rejected'][:20]!r}"
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+def score_validation(run: Any, reader: Reader | None, source: Source) -> dict[str, float]:
+    """Scores of the weights that were kept, on the dev pairs and prompts; `start/<name>`: the same before training."""
+    rows = run.eval_dataset
+    before = np.array([rows["ref_chosen_logps"], rows["ref_rejected_logps"]]).T
+    after = run.pair_logps(rows)
+    gain = run.beta * ((after - before) @ [1.0, -1.0])
+    kept = run.state.best_model_checkpoint
+    scores = {"epoch_kept": epoch_of(run, kept), "loss": dev_loss(run, kept), "reward_margin": float(gain.mean()),
+              "reward_accuracy": float((gain > 0).mean())}
+    for prefix, logps in (("", after), ("start/", before)):
+        margin = logps @ [1.0, -1.0]
+        scores |= {f"{prefix}margin": float(margin.mean()), f"{prefix}accuracy": float((margin > 0).mean())}
+    if reader:
+        scores |= named(run.monitor.measure(reader.decisions(run.model)), "")
+        first = run.monitor.history[0] if run.monitor.history else {}
+        if first.get("step") == 0:
+            scores |= named({k: v for k, v in first.items() if "/" in k}, "start/")
+        scores["best_constant_reward"] = float(source.rewards.mean(0).max())
+    return scores
+
+
+def named(figures: dict[str, float], prefix: str) -> dict[str, float]:
+    return {prefix + name.removeprefix("dev/"): value for name, value in figures.items()}
+
+
+def epoch_of(run: Any, checkpoint: str | None) -> float:
+    step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else run.state.global_step
+    return next((entry["epoch"] for entry in run.state.log_history if entry["step"] == step), run.state.epoch)
+
+
+def dev_loss(run: Any, checkpoint: str | None) -> float:
+    """The loss on the dev pairs at the checkpoint that was kept, as it was logged there."""
+    step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else run.state.global_step
+    return next((h["eval_loss"] for h in run.state.log_history if h["step"] == step and "eval_loss" in h), float("nan"))
+
+
+def report(scores: dict[str, float], out: Path, source: Source, tracker: Any, say: Say) -> None:
+    """dev_scores.json, the tracker's summary, and what has moved."""
+    kept = {name: round(value, 8) for name, value in scores.items() if value == value and is_score(name)}
+    write_json(out / "dev_scores.json", kept)
+    tracker.summary({f"dev/{k}": v for k, v in kept.items()})
+    moved = [f"{name} {kept['start/' + name]:.4g} -> {kept[name]:.4g}"
+             for name in ("margin", "accuracy", "reward", "quality", "cost_usd") if "start/" + name in kept]
+    say(f"kept epoch {kept['epoch_kept']:g}, on the validation pairs and prompts: {'  '.join(moved)}")
+    now, first = (kept.get(name, 0.0) for name in ("reward", "start/reward"))
+    if now < first:
+        say(f"WARNING: its decisions earn {now:.4f} a prompt and those of the start {first:.4f}; keep the start, or try "
+            "a lower learning rate, more pairs or a higher --beta")
+    say(f"{source.product}: {out}")
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+def weight_files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("*model*.safetensors"))
+
+
+def is_saved(run: Any, out: Path, source: Source) -> bool:
+    """Whether a run that was finished before left all it should: the best checkpoint's weights, scores, a router."""
+    from routewright.checkpoints import fingerprint
+
+    best = run.state.best_model_checkpoint
+    if not (run.was_finished and best and (out / "dev_scores.json").is_file()):
+        return False
+    if source.table is not None and not (out / "router.json").is_file():
+        return False
+    names = weight_files(Path(best))
+    return bool(names) and names == weight_files(out) and all(
+        fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)
+
+
+def save(run: Any, out: Path) -> None:
+    """The final weights and the tokenizer beside the checkpoints, in Hugging Face form.
+
+    router.json goes first and comes last: a folder that has it is whole.
+    """
+    if run.is_world_process_zero():
+        (out / "router.json").unlink(missing_ok=True)
+        for name in weight_files(out):  # of an earlier run, perhaps in other pieces
+            (out / name).unlink()
+    run.accelerator.wait_for_everyone()
+    run.save_model(str(out))
+    if run.is_world_process_zero():
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        (out / "README.md").unlink(missing_ok=True)  # peft's page of blanks
+    run.accelerator.wait_for_everyone()
+
+
+def write_router(run: Any, out: Path, source: Source, tokenizer: Any, **settings: Any) -> None:
+    """Calibrate what was trained and write router.json."""
+    from routewright.routers.llm import write_llm_router
+
+    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    write_llm_router(out, kind="dpo", model=model, tokenizer=tokenizer, template=source.template, train=source.table,
+                     dev=source.dev_table, **settings)
+
+
+if __name__ == "__main__":
+    launch(main)
