@@ -39,7 +39,7 @@ def main(
     models: list[str] | None = None,  # names to train; default: all
     quick: bool = False,  # minute-long smaller training, for tests
     # Report
-    report: bool = False,  # write README.md, and beside output_dir the sample rows, from the recorded cache instead
+    report: bool = False,  # write README.md, and beside output_dir sample_data.jsonl, from the recorded cache instead
 ):
     """Generate the prompts, train the models of the sample pool from scratch, save them."""
     out = Path(output_dir)
@@ -75,8 +75,7 @@ def _report(out: Path) -> None:
 
     outcomes = read_outcomes(out)
     written = [write_atomic(out / "README.md", samplepool.readme(outcomes, out)),
-               write_jsonl(out.parent / "sample_data.jsonl", samplepool.cobench_rows(outcomes)),
-               write_jsonl(out.parent / "sample_alpaca_data.jsonl", samplepool.alpaca_rows(outcomes))]
+               write_jsonl(out.parent / "sample_data.jsonl", samplepool.cobench_rows(outcomes))]
     print(f"written: {', '.join(map(str, written))}")
 
 

@@ -252,14 +252,6 @@ def test_shipped_readme_holds_the_figures_of_the_cache(root):
     assert (folder / "README.md").read_text(encoding="utf-8") == pool_of.readme(read_outcomes(folder), folder)
 
 
-def test_alpaca_rows_name_the_cheapest_model_that_was_right(root):
-    from routewright.outcomes import read_outcomes
-    text = (root / "data/sample_alpaca_data.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
-    assert rows == pool_of.alpaca_rows(read_outcomes(root / "data" / "sample"))
-    assert len(rows) == 200 and {row["response"] for row in rows} == {"cheap", "mid", "strong"}
-
-
 def test_cobench_rows_are_what_the_models_did(root):
     from routewright import router_data
     from routewright.outcomes import read_outcomes

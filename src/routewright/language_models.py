@@ -360,15 +360,19 @@ def encode_instructions(tokenizer: Any, template: Template, wrap: str, instructi
     head, tail = _affixes(wrap, tokenizer)
     start = _start_ids(wrap, tokenizer)
     head, room = head + template.question, max_length - 1 - len(start)
-    bodies = [template.prompt_of(text).encode("utf-8", "replace").decode() for text in instructions]
-    least = len(_ids(tokenizer, [head + tail])[0])
-    if least > room:
+    least = _ids(tokenizer, [head + tail])[0]
+    if len(least) > room:
         raise UserError(f"max_length {max_length} holds no prompt: the question, its {wrap} form and the answer alone "
-                        f"take {least + len(start) + 1} tokens; raise --max_length, or use the bare style")
+                        f"take {len(least) + len(start) + 1} tokens; raise --max_length, or use the bare style")
+    bodies = [template.prompt_of(text).encode("utf-8", "replace").decode() for text in instructions]
     rows = _ids(tokenizer, [head + body + tail for body in bodies])
-    rows = [ids if len(ids) <= room else _cut(tokenizer, head, body, tail, room)
-            for ids, body in zip(rows, bodies, strict=True)]
-    return [start + ids for ids in rows]
+    reserved = [token for token in tokenizer.all_special_tokens if token]
+    for i, body in enumerate(bodies):
+        if any(token in body for token in reserved):
+            rows[i] = _defused(tokenizer, head, body, tail, room)
+        elif len(rows[i]) > room:
+            rows[i] = _cut(tokenizer, head, body, tail, room)
+    return [start + ids or [_filler(tokenizer)] for ids in rows]
 
 
 def label_ids(tokenizer: Any, template: Template, wrap: str) -> list[int]:
@@ -395,10 +399,10 @@ def _added(before: list[int], after: list[int]) -> int | None:
 
 def _affixes(wrap_name: str, tokenizer: Any) -> tuple[str, str]:
     """What stands before and after an instruction."""
+    wrap_name = choose_wrap(wrap_name, tokenizer)
     if wrap_name != "chat":
         text = wrap(wrap_name, _SENTINEL)
     else:
-        choose_wrap("chat", tokenizer)
         text = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False,
                                              add_generation_prompt=True)
     if text.count(_SENTINEL) != 1:
@@ -410,7 +414,7 @@ def _affixes(wrap_name: str, tokenizer: Any) -> tuple[str, str]:
 
 def _start_ids(wrap_name: str, tokenizer: Any) -> list[int]:
     """The tokens this tokenizer puts before a text; none for a chat, whose template writes its own. Never an end."""
-    if wrap_name == "chat":
+    if choose_wrap(wrap_name, tokenizer) == "chat":
         return []
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -427,17 +431,31 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def _cut(tokenizer: Any, head: str, body: str, tail: str, room: int) -> list[int]:
-    """The ids with the longest start of `body` that fits, found by halving. Text is cut, so ids are those of a text."""
-    short, long = 0, len(body)  # `short` characters fit, `long` do not
-    best = _ids(tokenizer, [head + tail])[0]
-    while long - short > 1:
-        middle = (short + long) // 2
-        ids = _ids(tokenizer, [head + body[:middle] + tail])[0]
-        if len(ids) <= room:
-            short, best = middle, ids
-        else:
-            long = middle
-    return best
+    """The ids with about the longest start of `body` that fits. Text is cut, not ids, so they are those of a text."""
+    stops = range(len(body), -1, -1)
+    if tokenizer.is_fast:
+        spans = tokenizer(head + body + tail, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        behind = sum(begin >= len(head) + len(body) for begin, _ in spans)
+        begins = [max(0, begin - len(head)) for begin, _ in spans[:max(0, room - behind) + 1]]
+        stops = sorted({0, *begins}, reverse=True)
+    fitting = (ids for stop in stops if len(ids := _ids(tokenizer, [head + body[:stop] + tail])[0]) <= room)
+    return next(fitting)
+
+
+def _defused(tokenizer: Any, head: str, body: str, tail: str, room: int) -> list[int]:
+    """The ids of a prompt that spells out control tokens, such as the end of a turn: there they are words like others.
+
+    Else a prompt could close the question and give the answer itself.
+    """
+    before, after = _ids(tokenizer, [head])[0] if head else [], _ids(tokenizer, [tail])[0] if tail else []
+    words = tokenizer(body, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return before + words[:max(0, room - len(before) - len(after))] + after
+
+
+def _filler(tokenizer: Any) -> int:
+    """What stands for a text without any token."""
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+    return next(token for token in known if token is not None)
 
 
 # ---------------------------------------------------------------- what the network answers

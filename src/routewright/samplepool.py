@@ -677,16 +677,6 @@ def _length_band(text: str) -> str:
     return f"{low}-{low + 9}" if 0 < low < 50 else "under 20" if low == 0 else "50 or more"
 
 
-def alpaca_rows(outcomes: Sequence[Outcome], n: int = 200) -> list[dict[str, str]]:
-    """Routing examples, {instruction, response}: the problem, and the cheapest model that was right (greedy).
-
-    Models count from cheapest to dearest in the order of the cache. Problems that no model got right go to the last.
-    """
-    names = list(dict.fromkeys(o.model_name for o in outcomes))
-    return [{"instruction": text, "response": next((name for name in names if known[name]), names[-1])}
-            for text, known in _right_by_text(outcomes, n)]
-
-
 def cobench_rows(outcomes: Sequence[Outcome], models: Sequence[str] = ("cheap", "strong"),
                  n: int = 200) -> list[dict[str, Any]]:
     """CoBench's training rows, {question, llm_id, label}: label 1 where that model's greedy answer was right."""
