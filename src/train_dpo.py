@@ -621,7 +621,7 @@ def report(scores: dict[str, float], out: Path, source: Source, tracker: Any, sa
     say(f"kept epoch {kept['epoch_kept']:g}, on the validation pairs and prompts: {'  '.join(moved)}")
     now, first = (kept.get(name, 0.0) for name in ("reward", "start/reward"))
     if now < first:
-        say(f"WARNING: its decisions earn {now:.4f} a prompt and those of the start {first:.4f}; keep the start, or try "
+        say(f"WARNING: its decisions earn {now:.4f} a prompt, those of the start {first:.4f}; keep the start, or try "
             "a lower learning rate, more pairs or a higher --beta")
     say(f"{source.product}: {out}")
 

@@ -567,6 +567,7 @@ def save(run: Any, out: Path) -> None:
     run.save_model(str(out))
     if run.is_world_process_zero():
         (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        (out / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
     run.accelerator.wait_for_everyone()
 
 

@@ -386,6 +386,12 @@ def test_damaged_json_lists_are_named_with_their_row(tmp_path, raw, said):
     assert str(caught.value).startswith(f"{file}{said}"), caught.value
 
 
+def test_a_prompt_may_be_a_label_itself(tmp_path):
+    rows = [{"prompt": "1", "chosen": "1", "rejected": "2"}]
+    file = sets.write_set(tmp_path / "a.json", rows, {**CARD, "kind": "dpo"})
+    assert sets.read_set(file)[0] == rows
+
+
 def test_other_shapes_of_good_files_are_read(tmp_path):
     mark = b"\xef\xbb\xbf"
     cases = {"bom.jsonl": mark + LINE.encode(), "blank.jsonl": f"\n{LINE}\n\n".encode(),

@@ -360,10 +360,10 @@ def encode_instructions(tokenizer: Any, template: Template, wrap: str, instructi
     head, tail = _affixes(wrap, tokenizer)
     start = _start_ids(wrap, tokenizer)
     head, room = head + template.question, max_length - 1 - len(start)
-    least = _ids(tokenizer, [head + tail])[0]
-    if len(least) > room:
+    least = max(len(_ids(tokenizer, [head + tail])[0]), sum(map(len, _ids(tokenizer, [head, tail]))))
+    if least > room:
         raise UserError(f"max_length {max_length} holds no prompt: the question, its {wrap} form and the answer alone "
-                        f"take {len(least) + len(start) + 1} tokens; raise --max_length, or use the bare style")
+                        f"take {least + len(start) + 1} tokens; raise --max_length, or use the bare style")
     bodies = [template.prompt_of(text).encode("utf-8", "replace").decode() for text in instructions]
     rows = _ids(tokenizer, [head + body + tail for body in bodies])
     reserved = [token for token in tokenizer.all_special_tokens if token]
@@ -427,14 +427,15 @@ def _start_ids(wrap_name: str, tokenizer: Any) -> list[int]:
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     if not texts:
         return []
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
 def _cut(tokenizer: Any, head: str, body: str, tail: str, room: int) -> list[int]:
     """The ids with about the longest start of `body` that fits. Text is cut, not ids, so they are those of a text."""
     stops = range(len(body), -1, -1)
     if tokenizer.is_fast:
-        spans = tokenizer(head + body + tail, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        spans = tokenizer(head + body + tail, add_special_tokens=False, return_offsets_mapping=True,
+                          verbose=False)["offset_mapping"]
         behind = sum(begin >= len(head) + len(body) for begin, _ in spans)
         begins = [max(0, begin - len(head)) for begin, _ in spans[:max(0, room - behind) + 1]]
         stops = sorted({0, *begins}, reverse=True)
@@ -447,8 +448,8 @@ def _defused(tokenizer: Any, head: str, body: str, tail: str, room: int) -> list
 
     Else a prompt could close the question and give the answer itself.
     """
-    before, after = _ids(tokenizer, [head])[0] if head else [], _ids(tokenizer, [tail])[0] if tail else []
-    words = tokenizer(body, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    before, after = _ids(tokenizer, [head, tail])
+    words = tokenizer(body, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
     return before + words[:max(0, room - len(before) - len(after))] + after
 
 

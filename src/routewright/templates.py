@@ -52,6 +52,9 @@ class Template:
                             f"styles {', '.join(STYLES)}")
         if not self.models:
             raise UserError("a template needs at least one model")
+        twice = [name for name in self.models if self.models.count(name) > 1]
+        if twice:
+            raise UserError(f"a template offers every model once; {twice[0]!r} stands twice")
         if self.mode == "decision" and len(self.models) > len(_LETTERS):
             raise UserError(f"a decision template can offer {len(_LETTERS)} models; this pool has {len(self.models)}: "
                             "choose fewer with --models")
@@ -121,14 +124,16 @@ class Template:
     @classmethod
     def from_card(cls, card: Mapping[str, Any], where: str) -> Template:
         """The template a card holds. Raises UserError naming `where` when the card is damaged."""
-        try:
-            found = cls(card["mode"], tuple(card["models"]), card["style"], tuple(card["listing"]), card["about"])
-        except (KeyError, TypeError):
-            found = None
-        texts = (*found.models, *found.listing, found.about) if found else (None,)
-        if not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{where}: the template is damaged ({card!r:.80}); build the set again with build_sets.py")
-        return found
+        why = f"{card!r:.80}"
+        known = card if isinstance(card, Mapping) else {}
+        texts = [known.get(key) for key in ("mode", "style", "about")]
+        lists = [known.get(key) for key in ("models", "listing")]
+        if all(isinstance(value, list) for value in lists) and all(isinstance(t, str) for t in sum(lists, texts)):
+            try:
+                return cls(texts[0], tuple(lists[0]), texts[1], tuple(lists[1]), texts[2])
+            except UserError as error:
+                why = str(error)
+        raise UserError(f"{where}: the template is damaged ({why}); build the set again with build_sets.py")
 
 
 def _describe(pool: Pool, name: str) -> str:
@@ -152,6 +157,7 @@ def unwrap(name: str, text: str) -> str:
     if name == "none":
         return text
     head, tail = _ALPACA
-    if name != "alpaca" or not (text.startswith(head) and text.endswith(tail)):
+    whole = len(text) >= len(head) + len(tail) and text.startswith(head) and text.endswith(tail)
+    if name != "alpaca" or not whole:
         raise UserError(f"the text {text[:60]!r}... does not have the {name} form")
     return text[len(head):len(text) - len(tail)]

@@ -15,9 +15,9 @@ counts the arithmetic of the model itself, HFU also what activation checkpointin
 dense bf16 rate of the data sheet, or of a large matmul where the GPU is not in the table. The bar: `dpo` at its default
 length peaks under 7.5 GB. What the CUDA context itself takes (0.3-0.5 GB) is not in the allocator's figures.
 
-Without a GPU nothing is measured, and the bytes of a DPO step are added up from the formulae below. On a CPU the working
-set of one layer at the real width was measured (torch's own record of allocations, 256 and 512 tokens): 290,520 and
-289,780 bytes a token, where the formula for a CPU says 308,096.
+Without a GPU nothing is measured, and the bytes of a DPO step are added up from the formulae below. On a CPU the
+working set of one layer at the real width was measured (torch's own record of allocations, 256 and 512 tokens): 290,520
+and 289,780 bytes a token with the inputs of two blocks, where the formulae for a CPU say 313,792.
 """
 
 from __future__ import annotations
@@ -207,3 +207,259 @@ def print_arithmetic(max_length: int | None) -> None:
           f"{dpo_flops(shape, True) / 1e9:.2f} G (4P = {dpo_flops(shape, False) / 1e9:.2f} G without recomputing), SFT "
           f"of 0.5B {sft_flops(QWEN_0_5B, False) / 1e9:.2f} G, DeBERTa-v3-base {deberta_flops(512, 16_384) / 1e9:.2f} "
           "G at 512 tokens.")
+
+
+# ---- models and rows -------------------------------------------------------------------------------------------------
+
+def random_words(count: int, words: int, seed: int) -> list[str]:
+    """`count` unlike texts that are longer than any row is read."""
+    import numpy as np
+
+    random = np.random.default_rng(seed)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    return [" ".join("".join(random.choice(letters, size=5)) for _ in range(words)) for _ in range(count)]
+
+
+def write_decoder(shape: Shape, folder: Path) -> Path:
+    """A Qwen2 folder of this shape: random bf16 weights, the small tokenizer of the sample pool."""
+    import torch
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
+                         num_key_value_heads=shape.kv_heads, intermediate_size=shape.intermediate,
+                         vocab_size=shape.vocab, tie_word_embeddings=True, max_position_embeddings=32_768)
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        Qwen2ForCausalLM(config).save_pretrained(folder)
+    finally:
+        torch.set_default_dtype(before)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "sample" / "models" / "strong")
+    tokenizer.model_max_length = 32_768
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_deberta(folder: Path, texts: list[str], shape: dict[str, Any] | None = None) -> Path:
+    """A DeBERTa-v2 folder in the shape of v3-base: random weights, a tokenizer made from the texts."""
+    import torch
+    from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+    from routewright.tiny_deberta import build_tiny
+
+    _, tokenizer = build_tiny(texts, 2, 0)
+    torch.manual_seed(0)
+    DebertaV2ForSequenceClassification(DebertaV2Config(**{**DEBERTA, **(shape or {})})).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def dpo_case(folder: Path, shape: Shape, options: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
+    """train_dpo in the rtx4060 profile, on pairs that fill max_length."""
+    import train_dpo
+    from routewright.textfiles import read_yaml, write_json
+
+    profile = ROOT / "configs" / "train_dpo" / "rtx4060.yaml"
+    given = read_yaml(profile) if profile.is_file() else {}
+    length = options.max_length or given.get("max_length", 1024)
+    texts = random_words(options.steps + 8, length, 0)
+    pairs = [{"prompt": text, "chosen": "1", "rejected": "2"} for text in texts]
+    write_json(folder / "pairs.json", pairs[8:])
+    write_json(folder / "dev.json", pairs[:8])
+    chosen = {"data": str(folder / "pairs.json"), "val": str(folder / "dev.json"), "wrap": "none", "four_bit": True,
+              "max_length": length, "global_batch_size": min(16, options.steps), "epochs": 1,
+              "model_name": str(write_decoder(shape, folder / "model")), "output_dir": str(folder / "out")}
+    return train_dpo.main, {**given, **chosen}
+
+
+def sft_case(folder: Path, shape: Shape, options: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
+    """train_llm of all weights, on rows that fill max_length."""
+    import train_llm
+    from routewright.textfiles import write_jsonl
+
+    length = options.max_length or 512
+    batch = options.batch_size or 8
+    texts = random_words((options.steps + 1) * batch, length, 0)
+    rows = [{"instruction": text, "response": str(i % 3)} for i, text in enumerate(texts)]
+    write_jsonl(folder / "rows.jsonl", rows[batch:])
+    write_jsonl(folder / "dev.jsonl", rows[:batch])
+    return train_llm.main, {
+        "data": str(folder / "rows.jsonl"), "val": str(folder / "dev.jsonl"), "wrap": "none", "max_length": length,
+        "batch_size": batch, "global_batch_size": batch, "epochs": 1, "output_dir": str(folder / "out"),
+        "model_name": str(write_decoder(shape, folder / "model")), "precision": "bf16"}
+
+
+def deberta_case(folder: Path, shape: dict[str, Any] | None, options: argparse.Namespace) -> tuple[Callable, dict]:
+    """train_deberta of all weights, on rows that fill max_length."""
+    import train_deberta
+    from routewright.textfiles import write_jsonl
+
+    length = min(options.max_length or 512, 512)
+    batch = options.batch_size or 32
+    texts = random_words((options.steps + 1) * batch, length, 0)
+    rows = [{"question": text, "llm_id": "cheap", "label": i % 2} for i, text in enumerate(texts)]
+    write_jsonl(folder / "rows.jsonl", rows[batch:])
+    write_jsonl(folder / "dev.jsonl", rows[:batch])
+    return train_deberta.main, {
+        "data": str(folder / "rows.jsonl"), "val": str(folder / "dev.jsonl"), "max_length": length, "batch_size": batch,
+        "epochs": 1, "output_dir": str(folder / "out"), "precision": "bf16",
+        "model_name": str(write_deberta(folder / "model", texts[:50], shape))}
+
+
+CASES: dict[str, tuple[Callable, Any]] = {"dpo": (dpo_case, QWEN_1_5B), "sft": (sft_case, QWEN_0_5B),
+                                          "deberta": (deberta_case, None)}
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+class _Enough(BaseException):
+    """The last step was seen: end the training without saving anything."""
+
+
+@contextmanager
+def step_clock(steps: int) -> Iterator[list[tuple[float, int]]]:
+    """Notes (second, tokens) as each of the first `steps` micro-batches begins, and once more as the next one would."""
+    import torch
+    from transformers import Trainer
+
+    seen: list[tuple[float, int]] = []
+    original = Trainer.training_step
+
+    def timed(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seen.append((time.perf_counter(), count_tokens(inputs)))
+        if len(seen) > steps:
+            raise _Enough
+        found = original(self, model, inputs, *args, **kwargs)
+        if len(seen) == steps == 1:
+            seen.append((time.perf_counter(), 0))
+            raise _Enough
+        return found
+
+    Trainer.training_step = timed
+    try:
+        yield seen
+    finally:
+        Trainer.training_step = original
+
+
+def count_tokens(inputs: Any) -> int:
+    """Tokens of a batch that are not padding; of a pair that shares its prompt, the prompt once."""
+    if "part" in inputs:
+        return int((inputs["part"] >= 0).sum())
+    mask = inputs.get("attention_mask")
+    return int(mask.sum()) if mask is not None and mask.dim() == 2 else int(inputs["input_ids"].numel())
+
+
+def measure(case: str, options: argparse.Namespace, shape: Any = None) -> dict[str, Any]:
+    """Runs one case and returns its figures: tokens and seconds of the median step, peak bytes, parameters."""
+    import torch
+
+    make, own = CASES[case]
+    gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory(prefix="bench-llm-") as folder:
+        main, settings = make(Path(folder), shape or own, options)
+        if gpu:
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap_gb * 1e9 / total) if case == "dpo" else 1.0)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        with step_clock(options.steps) as seen:
+            try:
+                main(**settings)
+            except _Enough:
+                pass
+    spans = [b[0] - a[0] for a, b in zip(seen, seen[1:], strict=False)]
+    found = {"case": case, "max_length": settings["max_length"], "batch": settings.get("batch_size", 1),
+             "tokens": statistics.median(tokens for _, tokens in seen[:len(spans)]),
+             # The first steps warm up; an update every few micro-batches is in the mean, not in the median.
+             "seconds": statistics.fmean(spans[len(spans) // 3:]), "loading_s": seen[0][0] - began}
+    if gpu:
+        found |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    else:
+        import resource
+        found["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return found
+
+
+def flops_of(found: dict[str, Any]) -> tuple[float, float]:
+    """(FLOP a token of the model, FLOP a token with what checkpointing computes twice)."""
+    if found["case"] == "dpo":
+        return dpo_flops(QWEN_1_5B, False), dpo_flops(QWEN_1_5B, True)
+    if found["case"] == "sft":
+        return (sft_flops(QWEN_0_5B, True),) * 2
+    return (deberta_flops(found["max_length"], max(1, int(found["tokens"]))),) * 2
+
+
+def peak_rate(name: str) -> tuple[float, str]:
+    """Dense bf16 TFLOP/s of a GPU and where the figure is from."""
+    known = next((rate for key, rate in RATES.items() if key in name), None)
+    if known:
+        return float(known), "data sheet"
+    import torch
+
+    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    for turn in range(2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(3 + 17 * turn):
+            a @ a
+        torch.cuda.synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - began) / 1e12, "matmul of 8,192 measured here"
+
+
+def report(found: dict[str, Any], rate: float) -> str:
+    """One line of figures."""
+    model, executed = flops_of(found)
+    speed = found["tokens"] / found["seconds"]
+    words = (f"{found['case']:8} length {found['max_length']}, batch {found['batch']}: {found['seconds']:.3f} s for "
+             f"{found['tokens']:,.0f} tokens, {speed:,.0f} tokens/s")
+    if rate:
+        words += f", MFU {speed * model / rate / 1e12:.1%}, HFU {speed * executed / rate / 1e12:.1%}"
+    if "allocated" in found:
+        words += f", peak {found['allocated'] / 1e9:.2f} GB allocated, {found['reserved'] / 1e9:.2f} GB reserved"
+    else:
+        words += (f", peak resident {found['resident'] / 1e9:.2f} GB (with the libraries), "
+                  f"{found['loading_s']:.0f} s until the first step")
+    return words
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--steps", type=int, default=48, help="micro-batches to time")
+    parser.add_argument("--max_length", type=int, default=None, help="tokens of a row; none: the script's own default")
+    parser.add_argument("--batch_size", type=int, default=None, help="rows of a step of sft and deberta")
+    parser.add_argument("--cap_gb", type=float, default=8.0, help="memory the dpo case may take, GB of 1e9 bytes")
+    parser.add_argument("--cpu", action="store_true", help="run the steps on a CPU instead of printing arithmetic")
+    parser.add_argument("--json", default="", help="write the figures here too")
+    options = parser.parse_args()
+
+    import torch
+
+    if not torch.cuda.is_available() and not options.cpu:
+        print_arithmetic(options.max_length)
+        return 0
+    rate = 0.0
+    if torch.cuda.is_available():
+        rate, source = peak_rate(torch.cuda.get_device_name(0))
+        print(f"{torch.cuda.get_device_name(0)}, bf16 rate {rate:.0f} TFLOP/s ({source}), torch {torch.__version__}")
+    results, late = [], False
+    for case in options.cases:
+        found = measure(case, options)
+        results.append(found)
+        print(report(found, rate), flush=True)
+        if case == "dpo" and "allocated" in found:
+            late |= found["allocated"] > BAR_GB * 1e9
+            print(f"{'':8} the bar of {BAR_GB} GB is {'MISSED' if late else 'kept'}; the formulae say "
+                  f"{budget(QWEN_1_5B, found['max_length'])['peak'] / 1e9:.2f} GB")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 1 if late else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -154,9 +154,9 @@ class SelfTemplate(Template):
 
 
 SELF_QUESTION = SelfTemplate("difficulty", ("you",))
-TEXT_QUESTION = ("On a scale from 0 to 100, how easy is it for you to answer the prompt below correctly? 0 means that you "
-                 "will certainly be wrong, 100 that you will certainly be right. Do not answer the prompt itself: answer "
-                 "with \\boxed{number} alone.\n\nPrompt:\n")
+TEXT_QUESTION = ("On a scale from 0 to 100, how easy is it for you to answer the prompt below correctly? 0 means that "
+                 "you will certainly be wrong, 100 that you will certainly be right. Do not answer the prompt itself: "
+                 "answer with \\boxed{number} alone.\n\nPrompt:\n")
 _BOXED = re.compile(r"\\boxed\s*\{\s*(-?\d+)(?:\.\d+)?\s*%?\s*\}|\[\s*(-?\d+)(?:\.\d+)?\s*%?\s*\]")
 _WHOLE = re.compile(r"(?<![\w.,+-])(\d{1,3})(?![\w]|[.,]\d)")
 
@@ -206,8 +206,8 @@ class _EaseReader(_AnswerReader):
 class SelfQuestioningRouter(ScoreRouter):
     """The cheap model is asked how hard the prompt is for it.
 
-    form `logits`: one forward pass, the expected level out of the logits of the ten digits. form `text`: CoBench's 0-100
-    answer, greedy, at most 10 tokens; an answer without a number scores 0.5 and is counted. A model without
+    form `logits`: one forward pass, the expected level out of the logits of the ten digits. form `text`: CoBench's
+    0-100 answer, greedy, at most 10 tokens; an answer without a number scores 0.5 and is counted. A model without
     instruction tuning says little in either form.
     """
 
@@ -229,9 +229,9 @@ class SelfQuestioningRouter(ScoreRouter):
         if self.form == "text" and len(prompts):
             self.unparsable = int((self._read(prompts)[:, 1] == 0).sum())
             if self.unparsable:
-                log.warning("router %r: %d of %d answers of %s name no number from 0 to 100 and score %.1f%s", self.name,
-                            self.unparsable, len(prompts), self.base, UNPARSABLE,
-                            "; use form logits, which needs no such answer" if self.unparsable * 2 > len(prompts) else "")
+                cure = "; use form logits, which needs no number" if self.unparsable * 2 > len(prompts) else ""
+                log.warning("router %r: %d of %d answers of %s name no number from 0 to 100 and score %.1f%s",
+                            self.name, self.unparsable, len(prompts), self.base, UNPARSABLE, cure)
         return found
 
     def _usages(self, prompts: Sequence[Prompt]) -> list[TokenUsage] | None:
