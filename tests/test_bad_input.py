@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ WORDS = "amber birch cedar delta ember fjord grove heath inlet jetty knoll larch
 LINE = 3  # the line that is damaged
 
 # script -> the file it reads, and how it is told of it
+CHEAP = Path(__file__).resolve().parents[1] / "data" / "sample" / "models" / "cheap"
 READS = {
     "import_outcomes": ("wide.jsonl", "--source wide.jsonl --pool pool.yaml --output_dir out"),
     "build_cache": ("prompts.jsonl", "--prompts prompts.jsonl --pool pool.yaml --output_dir out"),
@@ -31,9 +33,13 @@ READS = {
     "run": ("cache/outcomes.jsonl", "--cache cache --router_type length --wandb off --output_dir out"),
     "check_leaks": ("rows.jsonl", "--a rows.jsonl --b prompts.jsonl --output out/leaks.json"),
     "make_sample_pool": ("cache/outcomes.jsonl", "--output_dir cache --report true"),
+    "build_sets": ("cache/outcomes.jsonl", "--cache cache --output_dir out"),
+    "train_llm": ("alpaca.jsonl", f"--data alpaca.jsonl --model_name {CHEAP} --check_only true --output_dir out"),
+    "train_dpo": ("pairs.jsonl", f"--data pairs.jsonl --model_name {CHEAP} --check_only true --output_dir out"),
+    "train_probe": ("cache/outcomes.jsonl", f"--cache cache --base {CHEAP} --check_only true --output_dir out"),
 }
-NEEDED = {"wide.jsonl": "outcomes", "prompts.jsonl": "prompt", "rows.jsonl": "question",
-          "cache/outcomes.jsonl": "prompt"}
+NEEDED = {"wide.jsonl": "outcomes", "prompts.jsonl": "prompt", "rows.jsonl": "question", "alpaca.jsonl": "instruction",
+          "pairs.jsonl": "prompt", "cache/outcomes.jsonl": "prompt"}
 
 
 @pytest.fixture
@@ -46,6 +52,9 @@ def world(tmp_path, monkeypatch):
     save("prompts.jsonl", [{"prompt_id": f"p{i}", "prompt": f"prompts {text}", "reference": str(i)}
                            for i, text in enumerate(texts)])
     save("rows.jsonl", [{"question": text, "llm_id": "cheap", "label": i % 2} for i, text in enumerate(texts)])
+    save("alpaca.jsonl", [{"instruction": text, "response": str(1 + i % 2)} for i, text in enumerate(texts)])
+    save("pairs.jsonl", [{"prompt": text, "chosen": str(1 + i % 2), "rejected": str(2 - i % 2)}
+                         for i, text in enumerate(texts)])
     save("cache/outcomes.jsonl", [o.as_row() for o in make_outcomes(60)])
     for name in ("pool.yaml", "cache/pool.yaml"):
         Path(name).write_text(yaml.safe_dump(POOL))
@@ -63,7 +72,7 @@ def load(name: str) -> list[dict]:
 
 def script(root: Path, name: str):
     spec = importlib.util.spec_from_file_location(f"script_{name}", root / "src" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module.main
 
@@ -131,7 +140,8 @@ def test_unknown_flags_and_config_keys_are_named(world, root, capsys, name):
     refused(root, capsys, name, f"{words} --config config.yaml", "config.yaml: unknown key", f"did you mean '{flag}'?")
 
 
-@pytest.mark.parametrize("name", ["import_outcomes", "build_cache", "train_embedding", "evaluate", "run"])
+@pytest.mark.parametrize("name", ["import_outcomes", "build_cache", "train_embedding", "evaluate", "run", "build_sets",
+                                  "train_probe"])
 def test_wrong_keys_and_missing_prices_of_a_pool_are_named(world, root, capsys, name):
     words = READS[name][1]
     file = "cache/pool.yaml" if "--cache" in words else "pool.yaml"
@@ -142,7 +152,7 @@ def test_wrong_keys_and_missing_prices_of_a_pool_are_named(world, root, capsys, 
     refused(root, capsys, name, words, f"{file}: models[1]: `price_output` is missing")
 
 
-@pytest.mark.parametrize("name", ["import_outcomes", "train_embedding", "evaluate", "run"])
+@pytest.mark.parametrize("name", ["import_outcomes", "train_embedding", "evaluate", "run", "build_sets", "train_probe"])
 def test_models_without_a_price_are_named(world, root, capsys, name):
     words = READS[name][1]
     file = "cache/pool.yaml" if "--cache" in words else "pool.yaml"

@@ -54,6 +54,15 @@ def test_without_a_key_the_run_is_offline_and_one_line_shows_it(keyless, tmp_pat
     assert seen["config"]["learning_rate"] == 1e-4
 
 
+def test_the_summary_stands_for_the_whole_run_and_not_for_its_last_step(keyless, tmp_path):
+    with tracking.start("p", "kept", tmp_path) as run:
+        run.log({"dev/loss": 0.5}, step=1)
+        run.log({"dev/loss": 0.7}, step=2)
+        run.summary({"dev/loss": 0.5})
+        folder = run.folder
+    assert inspect(folder)["summary"]["dev/loss"] == 0.5
+
+
 def test_no_key_reaches_a_file_by_argv_config_or_environment(tmp_path, root):
     canaries = ("CANARY-ARGV-123456", "CANARY-CONFIG-123456", "CANARY-ENV-123456")
     code = (f"import sys; sys.path.insert(0, {str(root / 'src')!r})\n"

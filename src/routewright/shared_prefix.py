@@ -129,7 +129,6 @@ def _make_trainer() -> type:
     import torch
     from accelerate.utils import is_peft_model
     from trl import DPOTrainer
-    from trl.models.utils import disable_gradient_checkpointing
 
     class SharedPrefixTrainer(DPOTrainer):
         __doc__ = __doc_of_trainer__
@@ -273,10 +272,9 @@ def _make_trainer() -> type:
         @contextmanager
         def _scoring(self) -> Iterator[None]:
             modes = [(module, module.training) for module in self.model.modules()]
-            self.model.eval()
+            self.model.eval()  # which also rests activation checkpointing
             try:
-                with (torch.no_grad(), self.accelerator.autocast(),
-                      disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)):
+                with torch.no_grad(), self.accelerator.autocast():
                     yield
             finally:
                 for module, mode in modes:

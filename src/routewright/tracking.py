@@ -80,6 +80,7 @@ class Tracker(Silent):
         self.run.define_metric(names, step_metric=step)
 
     def summary(self, values: Mapping[str, Any]) -> None:
+        self.run.log({}, commit=True)  # the newest row is held back until the next step, and would overwrite these
         self.run.summary.update({k: v for k, v in values.items() if _loggable(v) or isinstance(v, str)})
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
