@@ -248,7 +248,11 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
     digests = {name: fingerprint([part.questions, part.llm_ids, part.labels.tolist()])
                for name, part in zip(("data", "validation data"), parts, strict=True)}
 
-    watch = Watch(source, tracker, say, arguments.output_dir) if source.pool else None
+    if source.pool:
+        from routewright.monitor import monitor_callback, monitor_of_estimates
+
+        monitor, decide = monitor_of_estimates(source.table, source.dev_table, tracker, say,
+                                               folder=arguments.output_dir)
 
     class RouterTrainer(SafetyNet, Trainer):
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -268,15 +272,17 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
             # The library averages the ranks' batches, padded ones included; the loss of the gathered rows is exact.
             rows = (torch.as_tensor(found.predictions), torch.as_tensor(found.label_ids))
             found.metrics[f"{metric_key_prefix}_loss"] = float(router_loss(*rows, source, weights))
-            if watch and metric_key_prefix == "eval" and self.is_world_process_zero():
-                watch.observe(self.state.global_step, in_order(found.predictions, encoded[1]))
+            if source.pool:
+                self.decisions = decide(probabilities(found.predictions, encoded[1]))
+                if metric_key_prefix == "eval" and self.is_world_process_zero():
+                    monitor.observe(self.state.global_step, self.decisions)
             return found
 
     callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
     if method["patience"] and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(method["patience"]))
-    if watch:
-        callbacks.append(watch.callback())
+    if source.pool:
+        callbacks.append(monitor_callback(monitor, None))  # the validation computes what it needs
     trainer = RouterTrainer(
         model=model, args=arguments, train_dataset=encoded[0], eval_dataset=encoded[1], processing_class=tokenizer,
         data_collator=router_data.PadBatch(tokenizer.pad_token_id, 8 if torch.cuda.is_available() else 1),
@@ -287,46 +293,15 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, parts: tuple[Examp
     trainer.model_accepts_loss_kwargs = False
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.watch = watch
+    trainer.monitor = monitor if source.pool else None
     return trainer
 
 
-class Watch:
-    """The collapse monitor of the pool form: decisions at the cost weight where cheapest and best model earn the same.
-
-    It reads the logits that the validation has computed anyway.
-    """
-
-    def __init__(self, source: Source, tracker: Any, say: Say, folder: str | Path) -> None:
-        from routewright.decide import expected_cost
-        from routewright.monitor import DecisionMonitor
-        from routewright.scoring import indifference_weight
-
-        dev = source.dev_table
-        self.weight = indifference_weight(source.table)
-        self.expected = expected_cost(source.table, dev)
-        self.monitor = DecisionMonitor(dev, dev.quality_mean - self.weight * dev.cost, tracker, say, folder=folder)
-
-    def callback(self) -> Any:
-        from routewright.monitor import monitor_callback
-
-        return monitor_callback(self.monitor, None)
-
-    def decisions(self, logits: np.ndarray) -> np.ndarray:
-        """(N,) the model chosen for each dev prompt from logits (N, M)."""
-        from routewright.decide import choose
-
-        return choose(1 / (1 + np.exp(-np.asarray(logits, np.float64))), self.expected, self.weight)
-
-    def observe(self, step: int, logits: np.ndarray) -> None:
-        self.monitor.observe(step, self.decisions(logits))
-
-
-def in_order(predictions: np.ndarray, rows: Rows) -> np.ndarray:
-    """Predictions, which come in the order of `length_order`, in the order of the rows."""
+def probabilities(predictions: np.ndarray, rows: Rows) -> np.ndarray:
+    """Estimates (N, M) in the order of the rows, from logits in the order of `length_order`."""
     logits = np.empty(predictions.shape)
     logits[length_order(rows)] = predictions
-    return logits
+    return 1 / (1 + np.exp(-logits))
 
 
 def length_order(rows: Rows) -> np.ndarray:
@@ -390,9 +365,8 @@ def score_validation(run: Any, dev_rows: Rows, source: Source) -> dict[str, floa
     found = run.predict(dev_rows, metric_key_prefix="dev")
     scores = {name.removeprefix("dev_"): float(value) for name, value in found.metrics.items() if is_score(name)}
     if source.pool:
-        logits = in_order(found.predictions, dev_rows)
-        scores |= curve_scores(1 / (1 + np.exp(-logits)), source)
-        earned = run.watch.monitor.measure(run.watch.decisions(logits))
+        scores |= curve_scores(probabilities(found.predictions, dev_rows), source)
+        earned = run.monitor.measure(run.decisions)
         scores |= {name.removeprefix("dev/"): value for name, value in earned.items()}
     return scores
 

@@ -48,8 +48,10 @@ def main(
     # Run
     embedding_cache: str = "",  # folder of cached embeddings; by default data/runs/.cache, `none` keeps none
     seed: int = 0,  # seed of every random start
+    wandb: bool = False,  # record to W&B, offline where there is no key
 ) -> None:
     """Fit a light router (knn, linear, mf, deberta, group_table, length) on an outcome cache and write its folder."""
+    from routewright import tracking
     from routewright.errors import UserError
     from routewright.outcomes import OutcomeTable
     from routewright.router_data import check_soft_labels
@@ -86,20 +88,31 @@ def main(
         print("no dev split in the cache: defaults were used where dev would have chosen, and nothing is scored",
               file=sys.stderr)
     else:
-        scores |= dev_scores(fitted, dev)
+        method = {"kind": kind, **fitted.options, "rows": train.n, "cost_weight": cost_weight}
+        with tracking.start("routewright", f"train_embedding-{Path(output_dir).name}", output_dir, method,
+                            mode="auto" if wandb else "off", job_type="train") as tracker:
+            scores |= dev_scores(fitted, train, dev, tracker)
     write_json(Path(output_dir) / "dev_scores.json", scores)
     print(f"{kind} router of {train.n} train prompts in {seconds:.1f} s -> {output_dir}")
     for model, row in scores.get("models", {}).items():
         auroc = "-" if row["auroc"] is None else f"{row['auroc']:.3f}"
         print(f"  {model}: dev quality {row['quality']:.3f}, estimate {row['estimate']:.3f}, Brier {row['brier']:.4f} "
               f"(constant {row['brier_constant']:.4f}), AUROC {auroc}")
+    if dev is not None:
+        found = scores["decisions"]
+        shares = ", ".join(f"{model} {found[f'share/{model}']:.0%}" for model in dev.models)
+        print(f"  decisions where cheapest and best model earn the same: {shares}; dev reward "
+              f"{found['dev/reward']:.3f}, {found['collapse/gain']:+.3f} against the best constant model")
 
 
-def dev_scores(router, dev) -> dict:
-    """How the estimates fare on dev, per model: Brier score beside that of the constant mean, and AUROC."""
+def dev_scores(router, train, dev, tracker) -> dict:
+    """How the estimates fare on dev: per model, Brier score beside that of the constant mean, and AUROC; as decisions,
+    the figures of `monitor`."""
     from routewright.metrics import auroc, brier
+    from routewright.monitor import monitor_of_estimates
 
     estimate = router.estimate(dev.prompts)
+    monitor, rule = monitor_of_estimates(train, dev, tracker, print)
     _, seconds = router.overhead(dev.prompts)
     models = {}
     for column, model in enumerate(router.models):
@@ -107,7 +120,9 @@ def dev_scores(router, dev) -> dict:
         models[model] = {"quality": float(truth.mean()), "estimate": float(guess.mean()),
                          "brier": brier(guess, truth), "brier_constant": float(truth.var()),
                          "auroc": auroc(dev.quality[:, column] >= 0.5, guess)}
-    return {"dev_prompts": dev.n, "models": models, "seconds_per_prompt": float(seconds.mean())}
+    tracker.log({f"dev/auroc/{model}": row["auroc"] for model, row in models.items() if row["auroc"] is not None}, 0)
+    return {"dev_prompts": dev.n, "models": models, "decisions": monitor.observe(0, rule(estimate)),
+            "seconds_per_prompt": float(seconds.mean())}
 
 
 if __name__ == "__main__":

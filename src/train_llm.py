@@ -65,7 +65,7 @@ BASE_MODEL = "Qwen/Qwen2.5-0.5B"
 LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4  # adapters start from nothing and are few
 VALIDATION_SHARE = 0.1  # held out by near-duplicate group where the set has no dev twin
-KEPT = 3  # checkpoints; the best one is always among them
+KEPT = 3  # newest checkpoints; the best one stays as well
 PLAIN = Template("difficulty", ("any",), "bare")  # for rows without a card: the instruction is all prompt
 OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
          "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
@@ -385,7 +385,7 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "activation_checkpointing": torch.cuda.is_available(),
         "max_length": max_length, "packing": packing, "eval_packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": KEPT, "load_best_model_at_end": True,
+        "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
         "metric_for_best_model": "loss", "greater_is_better": False,
         "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
         "log_level": "error", "log_level_replica": "error", **extra}
@@ -455,7 +455,7 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, en
     from trl import SFTTrainer
 
     from routewright.checkpoints import fingerprint
-    from routewright.trainer import EpochNames, SafetyNet
+    from routewright.trainer import SafetyNet
 
     whole = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     lengths = [[len(row["input_ids"]) for row in rows] for rows in encoded]
@@ -485,7 +485,7 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, en
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """router.json says what this is; the library's own page would be written anew at each checkpoint."""
 
-    callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
+    callbacks = [last_epochs(), make_reporter(tracker, say, order.set_epoch)]
     if method["patience"] and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(method["patience"]))
     run = RouterSFT(
@@ -502,6 +502,28 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, en
         run.monitor = DecisionMonitor(source.dev_table, source.rewards, tracker, say, folder=arguments.output_dir)
         run.add_callback(monitor_callback(run.monitor, lambda: reader.decisions(run.model, run.state.global_step)))
     return run
+
+
+def last_epochs() -> Any:
+    """A callback that names each epoch's checkpoint and keeps the newest KEPT and the best: the rest is deleted."""
+    from routewright import checkpoints as ck
+    from routewright.trainer import EpochNames
+
+    class LastEpochs(EpochNames):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_save(args, state, control, **kwargs)
+            if args.should_save:
+                self.drop_older(Path(args.output_dir), state.best_model_checkpoint)
+
+        def drop_older(self, folder: Path, best: str | None) -> None:
+            keep = {path.name for _, path in ck.checkpoints(folder)[-KEPT:]} | ({Path(best).name} if best else set())
+            for name, target in ck.epoch_names(folder).items():
+                if target.name not in keep:  # its name would keep the checkpoint
+                    (folder / name).unlink(missing_ok=True)
+                    (folder / f"{name}.json").unlink(missing_ok=True)
+            ck.rotate(folder, len(keep), protect=keep)
+
+    return LastEpochs()
 
 
 def row_name(path: str, index: int, row: dict[str, Any]) -> str:

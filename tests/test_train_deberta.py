@@ -355,7 +355,8 @@ def test_pool_form_learns_a_planted_signal_in_one_pass_per_prompt(tmp_path, cach
     from routewright.routers.base import load_router
 
     out = tmp_path / "router"
-    done = script_run("--cache", cache, "--model_name", "tiny", "--epochs", 6, "--output_dir", out)
+    words = ["--cache", cache, "--model_name", "tiny", "--epochs", 6, "--output_dir", out]
+    done = script_run(*words, "--wandb", "true")
     assert done.returncode == 0, done.stderr
     router = load_router(out)
     assert router.models == ("cheap", "strong") and router.form == "pool"
@@ -366,6 +367,37 @@ def test_pool_form_learns_a_planted_signal_in_one_pass_per_prompt(tmp_path, cach
     assert {"auroc/cheap", "aiq", "apgr"} <= scores.keys() and scores["apgr"] > .6
     card = json.loads((out / "router.json").read_text())
     assert card["cache_fingerprint"] and card["pool"]["models"][0]["price_input"] == 0.1
+    check_monitor(out, OutcomeTable.load(cache), router, scores)
+    before = (out / "monitor.jsonl").read_bytes()
+    assert script_run(*words).returncode == 0 and (out / "monitor.jsonl").read_bytes() == before
+
+
+def check_monitor(out, table, router, scores):
+    """The history, the kept scores and W&B's record agree with what the saved router decides on the dev prompts."""
+    from routewright import decide, scoring
+    from routewright.monitor import read_history
+
+    train, dev = table.split("train"), table.split("dev")
+    weight = scoring.indifference_weight(train)
+    chosen = decide.choose(router.estimate(dev.prompts), decide.expected_cost(train, dev), weight)
+    reward = (dev.quality_mean - weight * dev.cost)[np.arange(dev.n), chosen].mean()
+    history = read_history(out)
+    assert len(history) == 6 and scores["reward"] == pytest.approx(reward, abs=1e-7)
+    kept = [row for row in history if row["dev/reward"] == pytest.approx(reward, abs=1e-6)]
+    assert kept and kept[0]["share/strong"] == pytest.approx(chosen.mean()) and scores["collapse/gain"] > .05
+    record, = (out / "wandb").glob("offline-run-*")
+    wandb = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json"]
+    summary, lines = (subprocess.run([*wandb, *more, str(record)], env=environment(), capture_output=True, text=True,
+                                     check=True).stdout for more in (["--summary"], []))
+    assert json.loads(summary)["summary"]["dev/reward"] == pytest.approx(reward, abs=1e-6)
+    drawn = [row["history"]["item"] for row in map(json.loads, lines.splitlines()) if row["type"] == "history"]
+    for name in ("dev/loss", "dev/quality", "dev/cost_usd", "dev/reward", "share/cheap", "collapse/top_share",
+                 "collapse/entropy", "collapse/gain"):
+        points = [(row["_step"], row[name]) for row in drawn if name in row]
+        assert len(points) == 6, name
+        if name != "dev/loss":
+            assert points == [(row["step"], pytest.approx(row[name])) for row in history], name
+    assert any("train/loss" in row for row in drawn)
 
 
 @pytest.mark.slow

@@ -36,6 +36,17 @@ def script(root, *flags):
                           capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONWARNINGS": "ignore"})
 
 
+def test_its_decisions_reach_the_dashboard(root, cache, tmp_path):
+    done = script(root, "--cache", cache, "--output_dir", tmp_path / "r", "--wandb", "true")
+    assert done.returncode == 0, done.stderr
+    record, = (tmp_path / "r" / "wandb").glob("offline-run-*")
+    seen = subprocess.run([f"{sys.prefix}/bin/wandb", "leet", "inspect", "--summary", "--json", str(record)],
+                          capture_output=True, text=True, check=True)
+    summary = json.loads(seen.stdout)["summary"]
+    found = json.loads((tmp_path / "r" / "dev_scores.json").read_text())["decisions"]
+    assert {name: summary[name] for name in found} == pytest.approx(found)
+
+
 @pytest.mark.parametrize("kind", ["linear", "group_table"])
 def test_writes_a_router_that_loads(root, cache, tmp_path, kind):
     out = tmp_path / "my-router"
@@ -49,6 +60,7 @@ def test_writes_a_router_that_loads(root, cache, tmp_path, kind):
     if kind == "linear":
         assert scores["models"]["cheap"]["auroc"] > 0.7
         assert scores["models"]["cheap"]["brier"] < scores["models"]["cheap"]["brier_constant"]
+        assert scores["decisions"]["collapse/gain"] > .05 and "dev reward" in done.stdout
     assert (out / "config.resolved.yaml").is_file()
     assert np.isfinite(router.estimate(make_table(n=10).prompts)).all()
 

@@ -275,9 +275,9 @@ def test_plain_rows_keep_their_response(rows):
     source = script.Source("x", [], [])
     given = [{"instruction": "Ann has 3 nuts. " * 50, "response": "Ben has 4."},
              {"instruction": "A", "response": "B " * 99}]
-    made = script.encode(tokenizer, source, given, "alpaca", 96)
+    made = script.encode(tokenizer, source, given, "alpaca", 200)
     for row, words in zip(made, given, strict=True):
-        assert len(row["input_ids"]) <= 96
+        assert len(row["input_ids"]) <= 200
         response = [i for i in row["labels"] if i >= 0]
         assert words["response"].startswith(tokenizer.decode(response, skip_special_tokens=True)) and len(response) > 4
     assert made[0]["labels"][-1] == tokenizer.eos_token_id
@@ -310,21 +310,23 @@ def test_a_run_leaves_named_epochs_a_card_and_the_monitors_looks(trained, cache)
     assert {"config.json", "model.safetensors", "tokenizer.json", "weights.safetensors", "router.json",
             "dev_scores.json", "train_log.jsonl", "monitor.jsonl"} <= names
     assert not list(trained.glob("*.bin")) and not (trained / "README.md").exists()
-    epochs = [name for name in names if name.startswith("checkpoint_epoch_")]
-    assert {"checkpoint_epoch_4", "checkpoint_epoch_5"} <= set(epochs) and 3 <= len(epochs) <= 4
     AutoModelForCausalLM.from_pretrained(trained / "checkpoint_epoch_5")
-    assert len(AutoTokenizer.from_pretrained(trained)) == 676
+    assert len(AutoTokenizer.from_pretrained(trained)) == len(AutoTokenizer.from_pretrained(STRONG))
     looks = [json.loads(line) for line in (trained / "monitor.jsonl").read_text().splitlines()]
     assert [row["step"] for row in looks] == [0, 18, 36, 54, 72, 90]
     assert looks[-1]["collapse/gain"] > .03 and {"share/cheap", "dev/cost_usd"} <= looks[-1].keys()
     card = json.loads((trained / "router.json").read_text())
     assert card["kind"] == "llm" and card["template"]["style"] == "bare" and card["base_model"] == STRONG
-    assert card["calibrated_on"] == {"split": "dev", "prompts": 48} and len(card["train_prompts"]) == 144
+    assert card["calibrated_on"] == {"split": "dev", "prompts": 48} and len(card["train_prompts"]) > 140
     assert card["cache_fingerprint"] == OutcomeTable.load(cache).fingerprint
     # What is kept is the best epoch.
     state = json.loads((trained / "checkpoint_epoch_5" / "trainer_state.json").read_text())
     best = min((h for h in state["log_history"] if "eval_loss" in h), key=lambda h: h["eval_loss"])
     kept = f"checkpoint_epoch_{int(best['epoch'])}"
+    # The last three epochs and the best one stay.
+    assert {name for name in names if name.startswith("checkpoint_")} == {kept, *(f"checkpoint_epoch_{k}" for k in
+                                                                                  (3, 4, 5))}
+    assert len(list(trained.glob("checkpoint-*"))) == len({kept, 3, 4, 5}) - (kept[-1] in "345")
     assert (trained / kept / "model.safetensors").read_bytes() == (trained / "model.safetensors").read_bytes()
 
 
@@ -366,15 +368,34 @@ def test_difficulty_mode_learns_and_decides_by_calibrated_estimates(tmp_path, ca
     assert scores["reward"] > scores["best_constant_reward"] + .03
 
 
-def test_adapters_alone_move_and_the_folder_is_a_router(tmp_path, rows, cache):
+@pytest.fixture(scope="module")
+def knows_digits(tmp_path_factory):
+    """The strong sample model as if it had seen the digits 1 and 2 alone, and not only after a blank.
+
+    Rows of tokens it never saw are all alike; adapters leave them so, and no router could tell its answers apart.
+    """
+    from safetensors.numpy import save_file
+
+    from routewright.encoders import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("base") / "digits"
+    shutil.copytree(STRONG, folder)
+    tensors, tokenizer = weights(folder), load_tokenizer(folder)
+    table = tensors["model.embed_tokens.weight"]
+    for digit in "12":
+        table[tokenizer.convert_tokens_to_ids(digit)] = table[tokenizer.convert_tokens_to_ids(f" {digit}")]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_adapters_alone_move_and_learn(tmp_path, knows_digits, rows, cache):
     from safetensors.numpy import load_file
 
     from routewright.language_models import load_causal
     from routewright.routers.base import load_router
 
     out = tmp_path / "out"
-    script.main(data=str(rows), model_name=STRONG, output_dir=str(out), lora_r=8, **{**LEARNS, "epochs": 6,
-                                                                                     "learning_rate": 1e-2})
+    script.main(data=str(rows), model_name=str(knows_digits), output_dir=str(out), lora_r=8, **LEARNS)
     assert not (out / "model.safetensors").exists() and not (out / "README.md").exists()
     adapter = load_file(out / "adapter_model.safetensors")
     assert all("lora_" in name for name in adapter) and len(adapter) == 2 * 7 * 4
@@ -382,9 +403,11 @@ def test_adapters_alone_move_and_the_folder_is_a_router(tmp_path, rows, cache):
     model, _ = load_causal(out)
     base = {name.replace(".base_layer", "").removeprefix("base_model.model."): p for name, p in
             model.state_dict().items() if "lora_" not in name}
-    assert all(np.array_equal(base[name].numpy(), value.astype(np.float32)) for name, value in weights(STRONG).items())
-    area, _ = auroc(load_router(out), cache)
-    assert area > .8
+    assert all(np.array_equal(base[name].numpy(), value.astype(np.float32))
+               for name, value in weights(knows_digits).items())
+    assert auroc(load_router(out), cache)[0] > .85
+    scores = json.loads((out / "dev_scores.json").read_text())
+    assert scores["reward"] > scores["best_constant_reward"] + .03
 
 
 def test_plain_alpaca_rows_train_with_a_warning_and_make_no_router(tmp_path, capsys):
@@ -464,16 +487,13 @@ def test_two_processes_take_the_steps_of_one(trained, rows, tmp_path):
 
 
 @pytest.mark.slow
-def test_four_bit_weights_train_through_adapters(tmp_path, rows):
+def test_four_bit_weights_train_through_adapters(tmp_path, knows_digits, rows, cache):
     pytest.importorskip("bitsandbytes")
     from routewright.routers.base import load_router
 
     out = tmp_path / "out"
-    script.main(data=str(rows), model_name=STRONG, output_dir=str(out), lora_r=8, four_bit=True,
-                **{**LEARNS, "epochs": 2, "learning_rate": 1e-2, "batch_size": 8})
-    seen = losses(out)
-    assert np.mean(seen[-4:]) < .2 * seen[0]
+    script.main(data=str(rows), model_name=str(knows_digits), output_dir=str(out), lora_r=8, four_bit=True, **LEARNS)
     router = load_router(out)
-    assert router.four_bit
-    card = json.loads((out / "router.json").read_text())
-    assert card["options"]["four_bit"] is True
+    assert router.four_bit and auroc(router, cache)[0] > .85
+    scores = json.loads((out / "dev_scores.json").read_text())
+    assert scores["reward"] > scores["best_constant_reward"] + .03

@@ -16,13 +16,13 @@ CHAT = ("{{ bos_token }}{% for m in messages %}<user> {{ m['content'] }} <end>{%
 
 
 def words_tokenizer(folder: Path, chat: bool = True, labels: bool = True) -> Path:
-    """A tokenizer of whole words, with digits and letters unless `labels` is False; it adds <bos> and <eos>."""
+    """A tokenizer of whole words that adds <bos> and <eos>. Without `labels` it knows no answer but 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = ("hard plain case river stone window garden paper silver market morning travel winter letter simple what "
              "is why a cheap strong the").split()
     special = ["<pad>", "<bos>", "<eos>", "<unk>", "<user>", "<end>", "<assistant>"]
-    digits = list("0123456789ABCDEFGHIJKL") if labels else []
+    digits = list("0123456789ABCDEFGHIJKL") if labels else list("2")
     vocabulary = {word: i for i, word in enumerate([*special, *words, *digits, *"#:?.,\n"])}
     made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Whitespace()])

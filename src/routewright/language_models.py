@@ -189,7 +189,7 @@ def _from_pretrained(folder: Path, four_bit: bool, dtype: str) -> Any:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.bfloat16 if low else torch.float32, local_files_only=True, use_safetensors=True,
                 trust_remote_code=False, output_loading_info=True, **more)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - the loader raises a dozen kinds, all mean the same to the user
         raise _not_loading(folder, error) from None
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -245,24 +245,31 @@ def _widen(model: Any) -> None:
 
 
 def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> tuple[Any, Any]:
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise MissingSetup(f"{folder}: {ADAPTER_CARD} is there and adapter_model.safetensors is not; fetch the whole "
-                           "folder again, or train the adapter again")
+    weights, card = folder / "adapter_model.safetensors", folder / "router.json"
+    if not weights.is_file():
+        raise MissingSetup(f"{folder}: {ADAPTER_CARD} is there and {weights.name} is not; fetch the whole folder "
+                           "again, or train the adapter again")
     base = adapter_base(folder)
-    card = folder / "router.json"
     known = _read_json(card).get("base_weights") if card.is_file() else None
     if known:
         check_weights(base, known, str(folder))
     model, tokenizer = load_causal(base, four_bit=four_bit, dtype=dtype)
+    other = f"{folder}: the adapter does not fit its base model {base} (%s); it was trained over another one, so put " \
+            "that there or train it again"
     try:
         with _quiet_packages():
-            from peft import PeftModel
+            from peft import PeftModel, get_peft_model_state_dict
+            from safetensors import safe_open
 
+            with safe_open(weights, framework="np") as file:
+                held = set(file.keys())
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        line = _first_line(error)
-        raise UserError(f"{folder}: the adapter does not fit its base model {base} ({line}); it was trained on another "
-                        "base, so load it over that one") from None
+            wanted = set(get_peft_model_state_dict(model))
+    except Exception as error:  # noqa: BLE001 - two libraries raise a dozen kinds
+        raise UserError(other % _first_line(error)) from None
+    if held != wanted:
+        few, some = ("lacks", wanted - held) if wanted - held else ("has no place for", held - wanted)
+        raise UserError(other % f"it {few} {len(some)} weights, first: {min(some)}")
     return model.eval(), tokenizer
 
 

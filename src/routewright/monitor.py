@@ -179,6 +179,22 @@ class DecisionMonitor:
                 "give it more data or epochs, another learning rate or another base model")
 
 
+def monitor_of_estimates(train: OutcomeTable, dev: OutcomeTable, tracker: Any, say: Callable[[str], None],
+                         **more: Any) -> tuple[DecisionMonitor, Callable[[np.ndarray], np.ndarray]]:
+    """(monitor, rule) for a router that estimates quality; the rule turns estimates (N, M) on dev into decisions (N,).
+
+    Both stand at the cost weight where the cheapest and the best single model of the train split earn the same: there
+    no constant and no random mix is favoured, so what is gained is gained by reading prompts. It is evaluation's own
+    default reward.
+    """
+    from routewright.decide import choose, expected_cost
+    from routewright.scoring import indifference_weight
+
+    weight, expected = indifference_weight(train), expected_cost(train, dev)
+    monitor = DecisionMonitor(dev, dev.quality_mean - weight * dev.cost, tracker, say, **more)
+    return monitor, lambda estimates: choose(estimates, expected, weight)
+
+
 def read_history(folder: str | Path) -> list[dict[str, Any]]:
     """The looks of a run, from HISTORY of its folder; a torn last line is dropped."""
     rows = []

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from routewright.pool import Pool
 
 _DEFAULTS: dict[str, Any] = {"mode": "difficulty", "style": "full", "about": "", "wrap": "auto", "max_length": 512,
-                             "four_bit": False, "dtype": "fp32"}
+                             "batch_size": 32, "four_bit": False, "dtype": "fp32"}
 _TAKEN_FROM_TRAINING = ("mode", "style", "about", "wrap")  # a trained network knows no other way to be asked
 _NOT_IN_CARD = ("kind", "name", "models", "pool", "options", "decision", "created_with")
 
@@ -64,7 +64,7 @@ class LlmRouter(Router):
     path: a folder of train_llm.py (or one that this router saved), whole or adapter. It needs no fitting.
     model: or a base model as it is, a folder or a hub id. Nothing of it is trained; `fit` calibrates what it says on
     the train split. CoBench's `llm` router is this in mode `difficulty`.
-    Empty options mean: as router.json says, else difficulty, full, auto, 512, fp32.
+    Empty options mean: as router.json says, else difficulty, full, auto, 512, 32, fp32.
     """
 
     kind: ClassVar[str] = "llm"
@@ -77,7 +77,7 @@ class LlmRouter(Router):
     about: str | None = None
     wrap: str = ""
     max_length: int | None = None
-    batch_size: int = 32
+    batch_size: int | None = None
     four_bit: bool | None = None
     dtype: str = ""
 
@@ -94,10 +94,13 @@ class LlmRouter(Router):
         if own:
             self._take_folder(Path(self.path))
         for name, default in _DEFAULTS.items():
-            if getattr(self, name) in ("", None):
+            if self._is_unset(name):
                 setattr(self, name, default)
         super().__post_init__()
         self._check_options()
+
+    def _is_unset(self, name: str) -> bool:
+        return getattr(self, name) == getattr(type(self), name)  # the default of a field is the class's attribute
 
     def _check_options(self) -> None:
         for name, allowed in {"mode": MODES, "style": STYLES, "wrap": ("auto", *WRAPS), "dtype": DTYPES}.items():
@@ -209,11 +212,11 @@ class LlmRouter(Router):
         stored = check_options(type(self), {k: v for k, v in options.items() if k != "name"}, where)
         for name in _TAKEN_FROM_TRAINING:
             given, known = getattr(self, name), stored.get(name, _DEFAULTS[name])
-            if given not in ("", None, known):
+            if not self._is_unset(name) and given != known:
                 raise UserError(f"{folder}: the router was trained with {name} {known!r} and is asked for {given!r}; "
                                 f"leave {name} away, or train another")
         for name, value in stored.items():
-            if getattr(self, name) in ("", None):
+            if self._is_unset(name):
                 setattr(self, name, value)
         self.models, self.pool = tuple(card["models"]), pool_from_card(card.get("pool"), folder)
         self.name = self.name or str(card.get("name") or "")

@@ -14,7 +14,8 @@ whether it will answer well. The kinds of head are CoBench's; four things differ
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -45,6 +46,7 @@ LEAST_EPOCHS = 10  # before early stopping may end the training
 LEAST_DEV = 50  # dev prompts below which the outputs are left as they were trained
 _CHUNK = 1024  # prompts whose states are in memory at once when estimating
 _EPS = 1e-6
+_SMALL = 16_384  # numbers per prompt below which one thread trains a head fastest
 
 Parameters = dict[str, np.ndarray]
 
@@ -355,7 +357,7 @@ def train_head(x: np.ndarray, y: np.ndarray, dev: tuple[np.ndarray, np.ndarray],
         return {key: value.detach().numpy().copy() for key, value in values.items()}
 
     best, best_loss, since, history = start, np.inf, 0, []
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _threads(1 if x[0].size < _SMALL else None):
         torch.manual_seed(seed)
         for epoch in range(1, epochs + 1):
             total = 0.0
@@ -381,6 +383,19 @@ def train_head(x: np.ndarray, y: np.ndarray, dev: tuple[np.ndarray, np.ndarray],
             if since >= patience and epoch >= LEAST_EPOCHS:
                 break
     return best, history
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Threads of torch for a while: for small products, waiting for one another costs several times the work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _train_logits(values: dict[str, Any], x: Any, probe: str, dropout: float) -> Any:
