@@ -137,14 +137,15 @@ def test_a_damaged_block_is_read_anew(base, texts, tmp_path, damage, caplog):
 
 
 def test_a_block_that_another_process_merged_away_is_found_again(base, texts, tmp_path):
-    for part in (texts[:10], texts[10:20]):
-        StateReader(base, cache=tmp_path).read(part)
-    behind = StateReader(base, cache=tmp_path)  # knows two blocks
-    states = StateReader(base, cache=tmp_path).read(texts[:20])
-    cache = StateReader(base, cache=tmp_path)._cache
-    cache._merge_files(sorted(tmp_path.rglob("*.safetensors")), {
-        file: [k for k, (f, _) in cache._where.items() if f == file] for file in tmp_path.rglob("*.safetensors")})
-    assert np.array_equal(behind.read(texts[:20]), states) and behind.fresh == 0
+    for folder, part in (("a", texts[:10]), ("b", texts[10:20])):
+        StateReader(base, cache=tmp_path / folder).read(part)
+    block = next((tmp_path / "b").rglob("*.safetensors"))
+    shutil.copy(block, next((tmp_path / "a").iterdir()))
+    behind = StateReader(base, cache=tmp_path / "a")  # knows two blocks
+    other = StateReader(base, cache=tmp_path / "a")
+    other.read(texts[20:25])
+    assert len(list((tmp_path / "a").rglob("*.safetensors"))) == 1
+    assert np.array_equal(behind.read(texts[:20]), other.read(texts[:20])) and behind.fresh == other.fresh == 0
 
 
 def test_other_weights_are_another_reading(base, texts, tmp_path):

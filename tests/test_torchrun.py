@@ -80,3 +80,38 @@ def test_a_signal_to_the_job_is_exit_3_and_leaves_no_rank(script, root):
     said = job.communicate(timeout=60)[1]
     assert job.returncode == 3 and said.count("\n") == 1
     assert said.startswith("stopped by SIGTERM; run the same line again")
+
+
+def test_accelerate_ends_with_the_code_of_its_one_process(script, capsys, monkeypatch):
+    from routewright import torchrun
+
+    for word, code, told in (("0", 0, ""), ("2", 2, ""), ("4", 4, ""), ("kill", 1, "the script ended with SIGKILL")):
+        command = [sys.executable, str(script), word]
+
+        def launch(command=command):
+            subprocess.run(command, check=True, env={**os.environ, "RANK": "0"})
+
+        assert torchrun._ending(launch) == code
+        said = capsys.readouterr().err
+        assert told in said and said.count("\n") == bool(told)
+
+
+def test_a_signal_to_accelerate_reaches_its_script_and_is_waited_for(script, root):
+    profile = root / "accelerate_configs" / "cpu.yaml"
+    command = [sys.executable, root / "cmd/bin/accelerate", "launch", "--config", profile, script, "wait3"]
+    job = subprocess.Popen([str(word) for word in command], env={**os.environ, "RANK": "0"}, stderr=subprocess.PIPE,
+                           text=True)
+    until = time.monotonic() + 60
+    while not (script.parent / "ready").exists() and job.poll() is None and time.monotonic() < until:
+        time.sleep(.05)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=60)[1]
+    assert job.returncode == 3 and "Traceback" not in said
+
+
+def test_accelerate_that_is_not_installed_is_one_sentence(monkeypatch, capsys):
+    from routewright import torchrun
+
+    monkeypatch.setattr(torchrun.importlib.util, "find_spec", lambda name: None)
+    assert torchrun.accelerate(["launch", "x.py"]) == 4
+    assert "run cmd/setup.sh" in capsys.readouterr().err

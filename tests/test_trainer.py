@@ -120,6 +120,30 @@ def test_length_grouped_order_survives_a_stop_in_a_later_epoch(tmp_path):
     assert broken_then_resumed(tmp_path / "b", [10], **options) == unbroken_run(tmp_path / "a", **options)
 
 
+def test_adapters_are_sealed_and_resumed_like_whole_weights(tmp_path, monkeypatch):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    whole_model = kt.model
+
+    def adapted(dropout):
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.1, task_type="SEQ_CLS")
+        return get_peft_model(whole_model(dropout), config)
+
+    monkeypatch.setattr(kt, "model", adapted)
+    out = tmp_path / "broken"
+    assert broken_then_resumed(out, [9]) == unbroken_run(tmp_path / "whole")
+    _, newest = ck.checkpoints(out)[-1]
+    files = ck.verify(newest).manifest["files"]
+    assert {"adapter_model.safetensors", "adapter_config.json"} <= files.keys() and "model.safetensors" not in files
+    loaded = PeftModel.from_pretrained(whole_model(), newest)
+    trained = kt.make(tmp_path / "other").model.load_adapter(newest, "trained")
+    assert not trained.missing_keys or all("trained" not in key for key in trained.missing_keys)
+    assert any(value.abs().sum() > 0 for name, value in loaded.state_dict().items() if "lora_B" in name)
+    # A torn adapter is noticed, and the checkpoint before it taken.
+    os.truncate(newest / "adapter_model.safetensors", 50)
+    assert ck.newest_verified(out, lambda text: None).step < int(newest.name.split("-")[1])
+
+
 class Crash(Exception):
     """Stands for a kill at one point of the program."""
 

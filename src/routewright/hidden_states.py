@@ -141,7 +141,8 @@ class PromptReader:
         cache: folder of the cache, True for data/runs/.cache, False for none
 
     After a reading, `seconds_per_text` is what it takes per text, whether it came from the cache or not, and
-    `spent_per_text` what this process waited; `fresh` counts the texts that were not in the cache.
+    `spent_per_text` what this process waited, loading the base model included; `fresh` counts the texts that were not
+    in the cache.
     """
 
     what = ""  # names the reading in the cache
@@ -168,15 +169,16 @@ class PromptReader:
         keys = [hashlib.sha256(text.encode()).digest() for text in texts]
         missing = {key: text for key, text in zip(keys, texts, strict=True) if key not in self._cache}
         self.fresh = len(missing)
+        loading = 0.0
         if missing:
-            opening = time.perf_counter()
             model, tokenizer = self.open()
-            began += time.perf_counter() - opening  # loading weights is no prompt's overhead
+            loading = time.perf_counter() - began
             self._read_missing(model, tokenizer, missing)
         values, seconds = self._cache.rows(keys)
         self.spent_per_text = (time.perf_counter() - began) / max(1, len(texts))
         spared = sum(took for key, took in zip(keys, seconds, strict=True) if key not in missing)
-        self.seconds_per_text = self.spent_per_text + spared / max(1, len(texts))
+        # Loading the weights is no prompt's overhead.
+        self.seconds_per_text = self.spent_per_text + (spared - loading) / max(1, len(texts))
         return values
 
     def open(self) -> tuple[Any, Any]:
@@ -364,7 +366,8 @@ class _BlockCache:
         for row, key in enumerate(keys):
             self._where[key] = (merged, row)
         for file in files:
-            file.unlink(missing_ok=True)
+            if file != merged:
+                file.unlink(missing_ok=True)
 
     def _write(self, keys: Sequence[bytes], values: np.ndarray, seconds: np.ndarray, kind: str = "batch") -> Path:
         from safetensors.numpy import save

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 LARGEST = 7_000_000_000  # parameters of a base model; beyond, LoRA on one laptop GPU is out of reach
 ADAPTER_CARD = "adapter_config.json"
 DTYPES = ("fp32", "bf16")
+LEAST_SPARED = 0.2  # share of all tokens that must be the same start of every row before it is computed apart
 MOST_TOKENS = 32_768  # of a batch with its padding: long prompts travel in smaller batches
 SAMPLE_MODEL = Path(__file__).parents[2] / "data" / "sample" / "models" / "strong"
 _SENTINEL = "\u2402prompt\u2403"  # stands for the instruction while a chat template is taken apart
@@ -472,22 +473,22 @@ def label_logits(model: Any, rows: Sequence[Sequence[int]], ids: Sequence[int], 
                  pad_id: int = 0) -> np.ndarray:
     """The logits (N, K) float64 of the K tokens `ids` after each of the N rows of token ids, in one forward pass each.
 
-    Rows of like length share a batch, padded on the left; the language-model head is computed for the last position
-    only. Takes plain, peft, 4-bit and DDP-wrapped models, in training mode too, and leaves them as they were. Every
-    rank of a sharded model has to call it with the same rows.
+    Rows of like length share a batch, padded on the left; a start that all rows share is computed once, and the
+    language-model head for the last position only. Takes plain, peft, 4-bit and DDP-wrapped models, in training mode
+    too, and leaves them as they were. Every rank of a sharded model has to call it with the same rows.
     """
     import torch
 
     network = model.module if hasattr(model, "module") and not _is_fsdp(model) else model
-    keep = {"logits_to_keep": 1} if _takes(network, "logits_to_keep") else {}
-    device = next(network.parameters()).device
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     logits = np.empty((len(rows), len(ids)))
-    columns = torch.tensor(list(ids), device=device)
     with _evaluating(network), torch.no_grad():
+        device = next(network.parameters()).device
+        columns = torch.tensor(list(ids), device=device)
+        start = _SharedStart(network, rows, device)
         for index in _batches(order, [len(row) for row in rows], batch_size):
-            batch = {k: v.to(device) for k, v in _pad_left([rows[i] for i in index], pad_id).items()}
-            out = network(**batch, use_cache=False, **keep).logits[:, -1]
+            batch = _pad_left([rows[i][start.length:] for i in index], pad_id, start.length)
+            out = start.forward({name: tensor.to(device) for name, tensor in batch.items()})
             logits[index] = out.index_select(1, columns).float().cpu().numpy()
     return logits
 
@@ -509,16 +510,67 @@ def _batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[
         start += count
 
 
-def _pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+class _SharedStart:
+    """The tokens with which all rows begin (the question of a template), computed once and kept for every batch.
+
+    `length` is 0 where there is little to spare, or where the network keeps something else than the keys and values of
+    all positions. Zeros may then stand between the start and a padded row, which only full attention sees past.
+    """
+
+    def __init__(self, network: Any, rows: Sequence[Sequence[int]], device: Any) -> None:
+        import torch
+
+        self.network = network
+        self.keep = {"logits_to_keep": 1} if _takes(network, "logits_to_keep") else {}
+        self.length, self.cache = 0, None
+        length = _shared_tokens(rows)
+        spared = length * (len(rows) - 1)
+        if not length or spared < LEAST_SPARED * sum(map(len, rows)) or not _attends_to_all(network):
+            return
+        ids = torch.tensor([list(rows[0][:length])], device=device)
+        cache = network(input_ids=ids, use_cache=True, **self.keep).past_key_values
+        if {type(layer).__name__ for layer in getattr(cache, "layers", ())} == {"DynamicLayer"}:
+            self.length, self.cache = length, cache
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        """(B, V) logits at the last position of a batch of what follows the start."""
+        if self.cache is None:
+            return self.network(**batch, use_cache=False, **self.keep).logits[:, -1]
+        from transformers import DynamicCache
+
+        count, cache = len(batch["input_ids"]), DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            cache.update(layer.keys.expand(count, -1, -1, -1), layer.values.expand(count, -1, -1, -1), i)
+        return self.network(**batch, past_key_values=cache, use_cache=True, **self.keep).logits[:, -1]
+
+
+def _shared_tokens(rows: Sequence[Sequence[int]]) -> int:
+    """With how many equal tokens all rows begin; of every row at least one is left over."""
+    if len(rows) < 2:
+        return 0
+    ends = min(rows), max(rows)
+    shared = next((i for i, (a, b) in enumerate(zip(*ends, strict=False)) if a != b), min(map(len, ends)))
+    return min(shared, min(map(len, rows)) - 1)
+
+
+def _attends_to_all(network: Any) -> bool:
+    config = network.config.get_text_config()
+    return set(getattr(config, "layer_types", None) or ["full_attention"]) == {"full_attention"} \
+        and not (getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True))
+
+
+def _pad_left(rows: Sequence[Sequence[int]], pad_id: int, before: int = 0) -> dict[str, Any]:
+    """Rows of like width, with what is to be seen and the positions; `before` tokens stand ahead of each, unpadded."""
     import torch
 
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
-    mask = torch.zeros_like(ids)
+    mask = torch.ones((len(rows), before + width), dtype=torch.long)
     for i, row in enumerate(rows):
         ids[i, width - len(row):] = torch.tensor(row)
-        mask[i, width - len(row):] = 1
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        mask[i, before:before + width - len(row)] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ that is not in the current folder is looked for among the project's profiles.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from routewright.errors import UserError
+from routewright.errors import MissingSetup, UserError
 
 GO_ON = "run the same line again to go on from the last checkpoint"
 # They retell each end below the sentence that explains it; LOGLEVEL in the environment brings them back.
@@ -73,6 +74,10 @@ def _ending(launch: Callable[[], Any]) -> int:
 def accelerate(argv: Sequence[str]) -> int:
     """Run accelerate's command line with its profile spelt as it wants it. Returns the exit code."""
     words = list(argv)
+    if importlib.util.find_spec("accelerate") is None:
+        print(f"error: accelerate is not installed for {sys.executable}; run cmd/setup.sh, then . cmd/env.sh",
+              file=sys.stderr)
+        return MissingSetup.exit_code
     if words[:1] == ["launch"] and any(word.startswith("--config") for word in words):
         from accelerate.commands.launch import launch_command_parser
 

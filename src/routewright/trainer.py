@@ -44,6 +44,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,9 @@ class SafetyNet:
         self._batch_shape: tuple[int, ...] = ()
         self._began = time.time()
         super().__init__(*args, **kwargs)
+        if self.is_deepspeed_enabled:  # two lines a step, of DeepSpeed's own calls
+            warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning,
+                                    module="torch.distributed")
         if not _loss_counts_items(self.accelerator.unwrap_model(self.model)):
             self.model_accepts_loss_kwargs = False
 

@@ -80,8 +80,9 @@ def report(told: dict[str, list[dict[str, Any]]], given: argparse.Namespace) -> 
     figures = {name: {key: statistics.median(run[key] for run in runs) for key in ("step", "peak_mb", "reference")}
                for name, runs in told.items()}
     first = next(iter(told.values()))[0]["losses"]
-    differ = max(abs(a - b) for runs in told.values() for run in runs for a, b in zip(first, run["losses"], strict=True))
-    print(f"largest difference of losses: {differ:.1e} over {len(first)} steps (from {first[0]:.4f} to {first[-1]:.4f})")
+    differ = max(abs(a - b) for runs in told.values() for run in runs
+                 for a, b in zip(first, run["losses"], strict=True))
+    print(f"largest difference of losses: {differ:.1e} over {len(first)} steps, {first[0]:.4f} to {first[-1]:.4f}")
     for name in told:
         if name != "ours" and "ours" in told:
             print(f"{name} / ours: {figures[name]['step'] / figures['ours']['step']:.2f}x time, "
@@ -102,6 +103,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     quiet_libraries()
+    from trl import DPOTrainer  # noqa: F401 - what the imports hold is not the training's
+
     model, tokenizer = build(given)
     clock = Clock(given.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -141,8 +144,9 @@ def build_trainer(given: argparse.Namespace, model: Any, tokenizer: Any, folder:
 
     draw = np.random.default_rng(0)
     ids = lambda n: draw.integers(10, given.vocab, n).tolist()
-    rows = Dataset.from_list([{"prompt_ids": ids(given.prompt), "chosen_ids": ids(given.answer),
-                               "rejected_ids": ids(given.answer)} for _ in range(given.pairs * given.steps)])
+    rows = [{"prompt_ids": ids(given.prompt), "chosen_ids": ids(given.answer), "rejected_ids": ids(given.answer)}
+            for _ in range(given.pairs)]
+    rows = Dataset.from_list(rows * given.steps)  # the same each step, so that the losses move
     # One pair a micro-batch would be the profile's way; a batch at once shows what memory a pair takes.
     arguments = DPOConfig(
         output_dir=folder, use_cpu=given.device == "cpu", bf16=given.bf16, per_device_train_batch_size=given.pairs,

@@ -32,15 +32,34 @@ def cache(tmp_path_factory):
     return str(tmp_path_factory.mktemp("states"))
 
 
+@pytest.fixture(scope="module")
+def base(models, tmp_path_factory):
+    """A Qwen2 with random weights: all its layers keep what the words are. The sample's forgets those it never saw."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from routewright.encoders import load_tokenizer
+    from routewright.samplepool import save_model
+
+    tokenizer = load_tokenizer(models / "cheap")
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True))
+    folder = tmp_path_factory.mktemp("base") / "random"
+    save_model(model, tokenizer, folder)
+    return str(folder)
+
+
 def made(models, cache, **options):
     return make_router("probe", **{"base": str(models / "cheap"), "cache": cache, "epochs": 25, "hidden_sizes": [32],
                                    "learning_rate": 3e-3, **options})
 
 
 @pytest.mark.parametrize("probe", PROBES)
-def test_every_kind_learns_and_survives_its_folder(probe, models, cache, parts, tmp_path):
+def test_every_kind_learns_and_survives_its_folder(probe, base, models, cache, parts, tmp_path):
     train, dev, test = parts
-    router = made(models, cache, probe=probe, name="mine").fit(train, dev, 0)
+    router = made(models, cache, base=base, probe=probe, name="mine").fit(train, dev, 0)
     estimate = router.estimate(test.prompts)
     assert estimate.shape == (test.n, 2) and 0 <= estimate.min() and estimate.max() <= 1
     assert auroc(test.quality[:, 0] >= 0.5, estimate[:, 0]) > 0.75
@@ -67,7 +86,8 @@ def test_equal_seeds_give_equal_bytes_and_leave_torch_alone(models, cache, parts
     for file in ("router.json", "weights.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     made(models, cache).fit(*parts[:2], 8).save(tmp_path / "c")
-    assert (tmp_path / "a" / "weights.safetensors").read_bytes() != (tmp_path / "c" / "weights.safetensors").read_bytes()
+    first, other = ((tmp_path / run / "weights.safetensors").read_bytes() for run in "ac")
+    assert first != other
 
 
 @pytest.mark.parametrize("probe", ["softmax", "dirichlet"])
@@ -77,8 +97,9 @@ def test_learnt_layer_weights_find_the_layer_that_knows(probe):
     x = random.normal(size=(600, 7, 8)).astype(np.float32)
     y = (random.random((600, 2)) < 0.5).astype(float)
     x[:, 4, :2] += 2 * (2 * y - 1)
-    parameters, history = train_head(x[:450], y[:450], (x[450:], y[450:]), 0, probe=probe, hidden_sizes=[16], dropout=0.0,
-                                     learning_rate=0.02, weight_decay=0.0, batch_size=32, epochs=40, patience=40)
+    parameters, history = train_head(
+        x[:450], y[:450], (x[450:], y[450:]), 0, probe=probe, hidden_sizes=[16], dropout=0.0, learning_rate=0.02,
+        weight_decay=0.0, batch_size=32, epochs=40, patience=40)
     shares = layer_shares(parameters)
     assert shares.argmax() == 4 and shares[4] > 0.4 and shares.sum() == pytest.approx(1.0)
     assert auroc(y[450:, 0] > 0.5, head_logits(parameters, x[450:])[:, 0]) > 0.85
@@ -135,13 +156,12 @@ def test_overhead_holds_the_forward_pass_although_it_is_cached(models, tmp_path,
     train, dev, test = parts
     router = made(models, str(tmp_path), epochs=2, gpu_usd_per_hour=3600.0).fit(train, dev, 0)
     router.estimate(test.prompts)  # the first look
-    first = router.overhead(test.prompts)[1][0]
     again = load_router(router.save(tmp_path / "r"))
     again.estimate(test.prompts)
     assert again.reader.fresh == 0
     usd, seconds = again.overhead(test.prompts)
     cached = again.reader._cache._seconds.values()
-    assert seconds[0] > 0.9 * np.median(list(cached)) and seconds[0] > 0.3 * first
+    assert seconds[0] > 0.9 * np.median(list(cached)) > 1e-5
     assert np.allclose(usd, seconds)
 
 
@@ -157,7 +177,7 @@ def test_a_model_with_one_quality_is_warned_of_and_stays_there(models, cache, pa
 
 def test_another_base_model_is_refused_in_one_sentence(models, cache, parts, tmp_path):
     folder = made(models, cache, epochs=2).fit(*parts[:2], 0).save(tmp_path / "r")
-    with pytest.raises(UserError, match=r"fitted on a base model with 3 layers of states of size 64 .* has 5 of size 96"):
+    with pytest.raises(UserError, match=r"on a base model with 3 layers of states of size 64 .* has 5 of size 96"):
         load_router(folder, base=str(models / "strong"))
     card = json.loads((folder / "router.json").read_text())
     card["base"]["weights"] = "0123456789abcdef"

@@ -143,7 +143,8 @@ class BaseModelRouter(Router):
         return self.base
 
     def _hidden_seconds(self) -> float:
-        return max(0.0, self.reader.seconds_per_text - self.reader.spent_per_text)
+        # Below 0 where the first estimate had to load the base model.
+        return self.reader.seconds_per_text - self.reader.spent_per_text
 
 
 @dataclass(kw_only=True)
