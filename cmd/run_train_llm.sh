@@ -30,7 +30,10 @@ paths="data model_name"
 . "$ROOT/cmd/launch.sh"
 
 read_words "$@"
-has config || default data "$ROOT/data/sample_alpaca_data.jsonl"
+if ! has data && ! has config; then
+    default data "$ROOT/data/sample_alpaca_data.jsonl"
+    default cache "$ROOT/data/sample"  # its card says data/sample, which is so in the repository's root only
+fi
 has config || default output_dir "$ROOT/data/runs/sft"
 find_devices
 profile_of_language_models train_llm

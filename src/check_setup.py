@@ -26,6 +26,8 @@ from routewright.launch import launch
 ROOT = Path(__file__).resolve().parents[1]
 PROVIDER_KEYS = ("OPENAI_API_KEY", "TOGETHER_API_KEY", "GEMINI_API_KEY", "ANTHROPIC_API_KEY", "OPENROUTER_API_KEY")
 CUDA_13_DRIVER = 580  # the oldest NVIDIA driver that runs CUDA 13 builds of torch
+SMALL_GPU = 12000  # MiB; one card below this is trained on with four bits and LoRA, as cmd/launch.sh decides
+LEAST_GPU = 7500  # MiB; what the rtx4060 profile is made for
 NEED_GB, WISH_GB = 2, 10
 
 
@@ -42,7 +44,8 @@ def main(
     json: bool = False,  # print the checks as JSON, for scripts
 ) -> None:
     """Check requirements, GPU, compiler, keys, W&B mode and disk; exit 3 if anything fails."""
-    checks = [*python_and_packages(), *gpu(), *compiler(), *keys(), *tracking(), *hub(), *disk(), *sample_data()]
+    checks = [*python_and_packages(), *accelerate(), *gpu(), *compiler(), *keys(), *tracking(), *hub(), *disk(),
+              *sample_data()]
     if json:
         print(json_library.dumps([c._asdict() for c in checks], indent=2))
     else:
@@ -89,6 +92,23 @@ def python_and_packages() -> Iterator[Check]:
             yield Check("WARN", name, f"{seen}, measured with {pinned}", "run cmd/setup.sh")
 
 
+def accelerate() -> Iterator[Check]:
+    """Whether `accelerate launch --config rtx4060.yaml ...` works as people type it, in this shell."""
+    ours = ROOT / "cmd" / "bin" / "accelerate"
+    beside = Path(sys.executable).with_name("accelerate")
+    found = shutil.which("accelerate") or (str(beside) if beside.is_file() else "")
+    if not found:
+        return  # the package's own line says that it is missing
+    pointer = Path(found).stat().st_size < 4096 and str(ours) in Path(found).read_text(errors="replace")
+    if Path(found).resolve() == ours or pointer:
+        yield Check("OK", "accelerate line", "takes --config rtx4060.yaml before the script")
+        return
+    own = Path(found).resolve().is_relative_to(ROOT / ".venv")
+    yield Check("WARN", "accelerate line", f"{found} knows only --config_file and whole paths",
+                ("pip wrote it anew: run cmd/setup.sh" if own else "source cmd/env.sh")
+                + ", or type --config_file accelerate_configs/rtx4060.yaml")
+
+
 def gpu() -> Iterator[Check]:
     try:
         torch_build = importlib.metadata.version("torch")
@@ -110,7 +130,9 @@ def gpu() -> Iterator[Check]:
         yield Check("WARN", "GPU", "nvidia-smi does not answer", "check the driver: run nvidia-smi by hand")
         return
     for index, (name, memory, driver) in enumerate(rows):
-        yield Check("OK", f"GPU {index}", f"{name}, {int(memory) / 1024:.1f} GiB, driver {driver}")
+        size = f"{int(memory) / 1024:.1f} GiB" if memory.isdigit() else "memory unknown"
+        yield Check("OK", f"GPU {index}", f"{name}, {size}, driver {driver}")
+    yield profile([int(memory) for _, memory, _ in rows if memory.isdigit()])
     driver = rows[0][2]
     if torch_build.endswith("+cpu"):
         yield Check("WARN", "torch build", torch_build, "this is a CPU build; install the CUDA build to use the GPU")
@@ -119,18 +141,36 @@ def gpu() -> Iterator[Check]:
                     "driver, or install torch from the cu126 index")
 
 
+def profile(memory: list[int]) -> Check:
+    """What PROFILE=auto of the launchers takes on these GPUs (MiB each), and whether it fits."""
+    if len(memory) > 1:
+        return Check("OK", "profile", f"{len(memory)} GPUs: DeepSpeed ZeRO-2 for language models, DDP for encoders")
+    if not memory or memory[0] >= SMALL_GPU:
+        return Check("OK", "profile", "one GPU, plain")
+    if memory[0] < LEAST_GPU:
+        seen = f"rtx4060 (four bits, LoRA) is made for 8 GB, here are {memory[0] / 1024:.1f} GiB"
+        return Check("WARN", "profile", seen, "give a smaller --model_name or --max_length")
+    try:
+        on_windows = "microsoft" in Path("/proc/version").read_text().lower()
+    except OSError:
+        on_windows = False
+    note = "; Windows keeps about 1 GB of the card, close what else draws on it" if on_windows else ""
+    return Check("OK", "profile", f"rtx4060: four bits and LoRA{note}")
+
+
 def compiler() -> Iterator[Check]:
     found = next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
     if found:
         yield Check("OK", "C++ compiler", found)
     else:
         yield Check("WARN", "C++ compiler", "none",
-                    "DeepSpeed builds extensions at run time: apt install g++; other profiles run")
+                    "all profiles run; only DeepSpeed settings of your own with offloading or its optimizers are "
+                    "compiled at run time: apt install g++")
     try:
         ninja = shutil.which("ninja") or importlib.metadata.version("ninja")
         yield Check("OK", "ninja", str(ninja))
     except importlib.metadata.PackageNotFoundError:
-        yield Check("WARN", "ninja", "none", "DeepSpeed needs it: pip install ninja")
+        yield Check("WARN", "ninja", "none", "what DeepSpeed compiles needs it: run cmd/setup.sh")
 
 
 def keys() -> Iterator[Check]:

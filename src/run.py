@@ -47,7 +47,7 @@ def main(
 ) -> None:
     entry = router_entry(router_type, router_model_path, router or {})
     named = {"router_type": entry["kind"], "router_model_path": entry.get("path")}
-    if set(entry) > {"kind", "path"}:
+    if set(entry) - {"kind", "path"}:
         named = {"routers": write_entry(entry, Path(output_dir))}
     evaluate(**named, cache=cache, output_dir=output_dir, pool=pool, seeds=seeds, cost_weight=cost_weight,
              n_resamples=n_resamples, allow_overlap=allow_overlap, wandb=wandb)

@@ -388,9 +388,11 @@ def curve_scores(estimate: np.ndarray, source: Source) -> dict[str, float]:
 
 def report(scores: dict[str, float], out: Path, tracker: Any, say: Any) -> None:
     """dev_scores.json, the tracker's summary and one line."""
+    from routewright.tracking import dev_names
+
     kept = {name: round(value, 8) for name, value in scores.items()}
     write_json(out / "dev_scores.json", kept)
-    tracker.summary({k if k.startswith(("share/", "collapse/")) else f"dev/{k}": v for k, v in kept.items()})
+    tracker.summary(dev_names(kept))
     words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
     say(f"kept the best epoch, on the validation rows: {words}\nrouter: {out}")
 

@@ -48,6 +48,7 @@ from routewright.language_models import (
     add_lora,
     check_size,
     choose_wrap,
+    count_parameters,
     encode_instructions,
     features,
     find_causal,
@@ -64,6 +65,7 @@ from routewright.training import LOG_STEPS, Say, check_trainer_names, console, i
 BASE_MODEL = "Qwen/Qwen2.5-0.5B"
 LEARNING_RATE = 2e-5
 LORA_LEARNING_RATE = 2e-4  # adapters start from nothing and are few
+SMALL_LEARNING_RATE, SMALL = 1e-3, 20_000_000  # models of fewer parameters, the sample pool's, want bigger steps
 VALIDATION_SHARE = 0.1  # held out by near-duplicate group where the set has no dev twin
 KEPT = 3  # newest checkpoints; the best one stays as well
 PLAIN = Template("difficulty", ("any",), "bare")  # for rows without a card: the instruction is all prompt
@@ -94,7 +96,8 @@ def main(
     # Training
     batch_size: int = 4,  # rows per device and step
     global_batch_size: int = 64,  # rows per update over devices and accumulation
-    learning_rate: float | None = None,  # peak, after 10 % warm-up, then linear to 0; none: 2e-5, and 2e-4 for LoRA
+    # peak, after 10 % warm-up, then linear to 0; none: 2e-5, for LoRA 2e-4, for models under 20 million parameters 1e-3
+    learning_rate: float | None = None,
     epochs: int = 3,  # passes over the rows; a checkpoint_epoch_k each
     patience: int = 2,  # epochs without a better validation loss before stopping; 0: never
     packing: bool = False,  # several rows in one sequence of max_length; a batch then counts such packs
@@ -118,7 +121,9 @@ def main(
     if four_bit:
         check_size(base.folder, base.name)
     adapted = bool(lora_r) or (base.folder / ADAPTER_CARD).is_file()
-    learning_rate = learning_rate or (LORA_LEARNING_RATE if adapted else LEARNING_RATE)
+    small = count_parameters(base.folder) < SMALL
+    usual = SMALL_LEARNING_RATE if small else LORA_LEARNING_RATE if adapted else LEARNING_RATE
+    learning_rate = learning_rate or usual
     say(f"{len(source.train)} train and {len(source.dev)} validation rows, {source.words}, base model {base.name}, "
         f"{'LoRA' if adapted else 'all weights'}, learning rate {learning_rate:g}")
     if check_only:
@@ -477,8 +482,8 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, en
             return found
 
         def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-            for figures in self._metrics.values():  # of no meaning where nearly all tokens are prompt
-                for name in ("num_tokens", "entropy", "mean_token_accuracy"):
+            for figures in self._metrics.values():  # which leaves the share of response tokens that were right
+                for name in ("num_tokens", "entropy"):
                     figures.pop(name, None)
             super().log(logs, *args, **kwargs)
 

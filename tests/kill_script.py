@@ -42,13 +42,21 @@ def lines(out: Path) -> int:
     return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
-def saving(out: Path) -> bool:
-    return out.exists() and any(p.name.startswith(".tmp-checkpoint-") for p in out.iterdir())
+def saving(out: Path, pid: int) -> bool:
+    """Whether this life is writing a checkpoint; what an earlier one left behind bears another process id."""
+    return out.exists() and any(p.name.startswith(".tmp-checkpoint-") and p.name.endswith(f"-{pid}")
+                                for p in out.iterdir())
 
 
-def ending(out: Path, steps: int) -> bool:
+def touched(out: Path, since: float) -> bool:
+    """Whether a life begun at this wall-clock time has come to its training: it cuts the log before the first step."""
+    log = out / "train_log.jsonl"
+    return log.exists() and log.stat().st_mtime > since
+
+
+def ending(out: Path, steps: int, pid: int) -> bool:
     """All steps are made and the router folder is not whole yet."""
-    return lines(out) >= steps and not (out / "router.json").exists() and not saving(out)
+    return lines(out) >= steps and not (out / "router.json").exists() and not saving(out, pid)
 
 
 def kill_at(life: subprocess.Popen, out: Path, instant: str, steps: int, seconds: float, draw: random.Random) -> str:
@@ -56,18 +64,19 @@ def kill_at(life: subprocess.Popen, out: Path, instant: str, steps: int, seconds
 
     steps: of the unbroken run; seconds: what the unbroken run took, from the start to its end.
     """
-    begun, before = time.monotonic(), lines(out)
+    begun, started, before = time.monotonic(), time.time(), lines(out)
     due = begun + draw.uniform(0.0, 0.8) * seconds if instant == "start" else None
     left = max(1, steps - before)
     wanted = before + draw.randint(1, left)
     while life.poll() is None:
         now = time.monotonic()
         if due is None:
-            seen = {"step": lines(out) >= wanted, "save": saving(out), "end": ending(out, steps)}[instant]
-            if seen:
+            if (lines(out) >= wanted if instant == "step" else saving(out, life.pid) if instant == "save"
+                    else ending(out, steps, life.pid)):
                 due = now + draw.uniform(0.0, {"save": 0.05, "end": 1.0}.get(instant, 0.02))
         if due is not None and now >= due:
-            where = "save" if saving(out) else "end" if lines(out) >= steps else "training" if lines(out) else "start"
+            where = "save" if saving(out, life.pid) else "start" if not touched(out, started) else \
+                "end" if lines(out) >= steps else "training"
             os.killpg(life.pid, signal.SIGKILL)
             life.wait()
             return where

@@ -142,6 +142,16 @@ def test_four_bit_trains_after_it_was_asked_in_eval_mode(base):
     assert np.array_equal(lm.label_logits(model, rows, ids), before)
 
 
+def test_four_bit_in_fp32_is_what_peft_prepares_for_training(base):
+    """So a folder whose network was prepared, trained and calibrated reloads as the very same function."""
+    from peft import prepare_model_for_kbit_training
+
+    low, _ = lm.load_causal(base, four_bit=True, dtype="bf16")
+    prepared = prepare_model_for_kbit_training(low, use_gradient_checkpointing=False)
+    wide, _ = lm.load_causal(base, four_bit=True, dtype="fp32")
+    assert np.array_equal(lm.label_logits(wide, some_rows(), [30, 31]), lm.label_logits(prepared, some_rows(), [30, 31]))
+
+
 def test_lora_is_on_every_linear_layer_and_equal_seeds_start_equal(base):
     import torch
 
@@ -235,6 +245,8 @@ BAD_ADAPTERS = {
         tiny_causal(b / "wide", hidden_size=64))), UserError, "the adapter does not fit its base model"),
     "fewer layers": (lambda f, b: edit_json(f / "adapter_config.json", base_model_name_or_path=str(
         tiny_causal(b / "flat", num_hidden_layers=1))), UserError, "it has no place for 14 weights"),
+    "not lora": (lambda f, b: edit_json(f / "adapter_config.json", peft_type="PROMPT_TUNING"), UserError,
+                 "peft_type 'PROMPT_TUNING' is not a plain LORA adapter"),
     "damaged": (lambda f, b: (f / "adapter_model.safetensors").write_bytes(b"123"), UserError, "does not fit"),
     "base gone": (lambda f, b: edit_json(f / "adapter_config.json", base_model_name_or_path="far/away"), MissingSetup,
                   "base model 'far/away' is not on this machine; fetch it with `hf download far/away`"),
@@ -352,6 +364,13 @@ def test_a_chat_template_that_changes_the_words_is_refused(tmp_path):
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     with pytest.raises(UserError, match="does not repeat the user's words once as they are"):
         lm.wrap_text("chat", tokenizer, "What is it?")
+
+
+def test_what_is_read_does_not_depend_on_the_day_and_leaves_no_room_to_think(tmp_path):
+    tokenizer = load_tokenizer(words_tokenizer(tmp_path))
+    tokenizer.chat_template = ("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} "
+                               "{{ messages[0]['content'] }}{% if enable_thinking is not false %}<think>{% endif %}")
+    assert lm.wrap_text("chat", tokenizer, "What is it?") == "01 Jan 2025 What is it?"
 
 
 # ---------------------------------------------------------------- the labels

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+import check_setup
 from routewright.errors import UserError
 from routewright.textfiles import write_jsonl
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = ("NUM_GPUS", "PROFILE", "DRY_RUN", "NUM_PROCESSES", "NUM_NODES", "RDZV_ENDPOINT", "RDZV_ID", "RANK", "WORLD_SIZE")
+OURS = ("NUM_GPUS", "PROFILE", "DRY_RUN", "NUM_PROCESSES", "NUM_NODES", "RDZV_ENDPOINT", "RDZV_ID", "RANK",
+        "WORLD_SIZE")
 
 
 def environment(**change):
@@ -45,7 +47,8 @@ KNOWN = {"--config_file": True, "--num_processes": True, "--multi_gpu": False, "
     ("--config here.yaml src/x.py", "--config_file here.yaml src/x.py"),
     ("--num_processes 2 --multi_gpu --config rtx4060.yaml x.py --config a.yaml",
      "--num_processes 2 --multi_gpu --config_file {}/rtx4060.yaml x.py --config a.yaml"),
-    ("--config rtx4060.yaml -m pkg.train --config=a.yaml", "--config_file {}/rtx4060.yaml -m pkg.train --config=a.yaml"),
+    ("--config rtx4060.yaml -m pkg.train --config=a.yaml",
+     "--config_file {}/rtx4060.yaml -m pkg.train --config=a.yaml"),
     ("--num_processes=2 src/x.py --config rtx4060.yaml", "--num_processes=2 src/x.py --config rtx4060.yaml"),
     ("src/x.py --config_file rtx4060.yaml", "src/x.py --config_file rtx4060.yaml"),
     ("--unheard of --config rtx4060.yaml", "--unheard of --config rtx4060.yaml"),
@@ -86,7 +89,8 @@ def test_the_users_line_trains_four_bit_lora_as_it_is_typed(tmp_path):
 
 @pytest.mark.slow
 def test_the_spelling_that_works_everywhere_and_the_scripts_own_exit_code():
-    done = shell(". cmd/env.sh && accelerate launch --config_file accelerate_configs/rtx4060.yaml src/train_dpo.py --help")
+    done = shell(". cmd/env.sh && "
+                 "accelerate launch --config_file accelerate_configs/rtx4060.yaml src/train_dpo.py --help")
     assert done.returncode == 0 and "--warm_start" in done.stdout, done.stderr
     # The script's own exit code and its one sentence, without accelerate's page; --config after it is its own.
     done = shell("cd cmd && . ./env.sh && accelerate launch --config cpu ../src/train_dpo.py --config no.yaml")
@@ -143,12 +147,16 @@ def dry(name, *words, cwd=ROOT, **change):
 def test_the_llm_launcher_takes_eight_positionals_and_has_cobenchs_defaults():
     _, script, flags = dry("run_train_llm.sh", cwd=ROOT / "cmd")
     assert script == str(ROOT / "src/train_llm.py")
-    assert flags == {"--data": str(ROOT / "data/sample_alpaca_data.jsonl"), "--output_dir": str(ROOT / "data/runs/sft")}
+    assert flags == {"--data": str(ROOT / "data/sample_alpaca_data.jsonl"), "--cache": str(ROOT / "data/sample"),
+                     "--output_dir": str(ROOT / "data/runs/sft")}
     _, _, flags = dry("run_train_llm.sh", "data/sample_alpaca_data.jsonl", "some/base", "out", 2, 32, "1e-4", 5, 256,
                       "--seed", 3, cwd=ROOT / "cmd")
     assert flags == {"--data": str(ROOT / "data/sample_alpaca_data.jsonl"), "--model_name": "some/base",
                      "--output_dir": "out", "--batch_size": "2", "--global_batch_size": "32", "--learning_rate": "1e-4",
                      "--epochs": "5", "--max_length": "256", "--seed": "3"}
+    _, script, flags = dry("run_train_dpo.sh", cwd=ROOT / "cmd")
+    assert script == str(ROOT / "src/train_dpo.py")
+    assert flags == {"--cache": str(ROOT / "data/sample"), "--output_dir": str(ROOT / "data/runs/dpo")}
     done = shell("cmd/run_train_llm.sh 1 2 3 4 5 6 7 8 more")
     assert done.returncode == 2 and "'more' is a ninth positional; eight are known: DATA MODEL OUT" in done.stderr
     done = shell("cmd/run_train_dpo.sh a b c more")
@@ -168,7 +176,8 @@ def test_profiles_stand_for_deepspeed_and_for_four_bits_and_the_users_word_wins(
         assert flags["--trainer.deepspeed"] == "mine.json"
         torchrun, _, flags = dry(launcher, PROFILE="rtx4060")
         assert "--nproc_per_node=1" in torchrun
-        assert flags["--config"] == str(ROOT / f"configs/train_{name}/rtx4060.yaml") and Path(flags["--config"]).is_file()
+        settings = ROOT / f"configs/train_{name}/rtx4060.yaml"
+        assert flags["--config"] == str(settings) and settings.is_file()
         assert dry(launcher, "--config", "mine.yaml", PROFILE="rtx4060")[2]["--config"] == "mine.yaml"
         torchrun, _, flags = dry(launcher, PROFILE="cpu", NUM_PROCESSES="2")
         assert "--nproc_per_node=2" in torchrun and not {"--trainer.deepspeed", "--config"} & flags.keys()
@@ -195,6 +204,35 @@ esac
     assert ("rtx4060.yaml" in done.stdout) == (profile == "rtx4060"), done.stdout
     assert ("zero2" in done.stdout) == (profile == "4gpu")
     assert ("PROFILE=rtx4060" in done.stderr) == (profile == "rtx4060")
+
+
+@pytest.mark.parametrize(("memory", "status", "said"), [
+    ([8188], "OK", "rtx4060"), ([6144], "WARN", "here are 6.0 GiB"), ([24564], "OK", "one GPU"), ([], "OK", "one GPU"),
+    ([8188] * 4, "OK", "4 GPUs: DeepSpeed ZeRO-2")])
+def test_check_setup_names_the_profile(memory, status, said):
+    found = check_setup.profile(memory)
+    assert found.status == status and said in found.seen
+
+
+def test_check_setup_notices_that_pip_wrote_accelerate_anew(tmp_path, monkeypatch):
+    monkeypatch.setattr(check_setup, "ROOT", tmp_path)
+    own, ours, theirs = tmp_path / ".venv/bin", tmp_path / "cmd/bin", tmp_path / "theirs"
+    for folder, text in ((own, "the library's"), (ours, "ours"), (theirs, "the library's")):
+        folder.mkdir(parents=True)
+        (folder / "accelerate").write_text(text)
+        (folder / "accelerate").chmod(0o755)
+
+    def seen(folder):
+        monkeypatch.setenv("PATH", str(folder))
+        found, = check_setup.accelerate()
+        return found.status, found.cure
+
+    assert seen(ours) == ("OK", "")
+    status, cure = seen(own)
+    assert status == "WARN" and "run cmd/setup.sh" in cure and "--config_file accelerate_configs/rtx4060.yaml" in cure
+    assert "source cmd/env.sh" in seen(theirs)[1]
+    (own / "accelerate").write_text(f'exec python "{ours}/accelerate" "$@"')
+    assert seen(own) == ("OK", "")
 
 
 def test_shellcheck_finds_nothing():
@@ -277,8 +315,8 @@ def test_the_skypilot_file_launches_the_same_lines():
     assert {"name", "resources", "setup", "run", "workdir", "num_nodes", "envs"} <= task.keys() <= known
     assert task["resources"].keys() <= {"accelerators", "disk_size", "cloud", "use_spot", "any_of"}
     assert (ROOT / task["setup"].strip()).is_file()
-    for line, nodes, words in ((task["envs"]["LINE"], 2, "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500 "
-                                "--rdzv_id=sky-1 --nproc_per_node=1"),
+    many = "--nnodes=2 --rdzv_backend=c10d --rdzv_endpoint=10.0.0.1:29500 --rdzv_id=sky-1 --nproc_per_node=1"
+    for line, nodes, words in ((task["envs"]["LINE"], 2, many),
                                ("./cmd/run_train_dpo.sh --epochs '2'", 1, "--standalone --nproc_per_node=1")):
         done = shell(task["run"], LINE=line, DRY_RUN="1", SKYPILOT_NUM_NODES=str(nodes), SKYPILOT_TASK_ID="sky-1",
                      SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2")

@@ -432,8 +432,8 @@ def test_bf16_balanced_compat_and_one_output(tmp_path, rows_file):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, rows_file):
-    words = ["--data", str(rows_file), "--model_name", "tiny", "--epochs", "3", "--output_dir"]
+def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, cache):
+    words = ["--cache", str(cache), "--model_name", "tiny", "--epochs", "3", "--output_dir"]
     assert script_run(*words, tmp_path / "whole").returncode == 0
     broken = tmp_path / "broken"
     process = subprocess.Popen([sys.executable, str(ROOT / "src" / "train_deberta.py"), *words, str(broken)],
@@ -445,7 +445,8 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path, rows_file):
     assert not (broken / "router.json").exists()
     assert script_run(*words, broken).returncode == 0
     assert losses(broken) == losses(tmp_path / "whole")
-    assert (broken / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "monitor.jsonl"):
+        assert (broken / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     shutil.rmtree(broken)
 
 

@@ -136,8 +136,6 @@ def test_adapters_are_sealed_and_resumed_like_whole_weights(tmp_path, monkeypatc
     files = ck.verify(newest).manifest["files"]
     assert {"adapter_model.safetensors", "adapter_config.json"} <= files.keys() and "model.safetensors" not in files
     loaded = PeftModel.from_pretrained(whole_model(), newest)
-    trained = kt.make(tmp_path / "other").model.load_adapter(newest, "trained")
-    assert not trained.missing_keys or all("trained" not in key for key in trained.missing_keys)
     assert any(value.abs().sum() > 0 for name, value in loaded.state_dict().items() if "lora_B" in name)
     # A torn adapter is noticed, and the checkpoint before it taken.
     os.truncate(newest / "adapter_model.safetensors", 50)

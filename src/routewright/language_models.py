@@ -40,6 +40,8 @@ LEAST_SPARED = 0.2  # share of all tokens that must be the same start of every r
 MOST_TOKENS = 32_768  # of a batch with its padding: long prompts travel in smaller batches
 SAMPLE_MODEL = Path(__file__).parents[2] / "data" / "sample" / "models" / "strong"
 _SENTINEL = "\u2402prompt\u2403"  # stands for the instruction while a chat template is taken apart
+# Some templates write today's date, or leave room to think first; training and serving must read the same.
+_CHAT_SETTINGS = {"date_string": "01 Jan 2025", "enable_thinking": False}
 _PROBES = ("Why?", "What is it.\n")  # after which a label must be one token; "" too where the wrap has an end
 
 Say = Callable[[str], None]
@@ -180,9 +182,9 @@ def _from_pretrained(folder: Path, four_bit: bool, dtype: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from routewright.encoders import quiet_loading, torch_device
+    from routewright.encoders import quiet_loading
 
-    device = torch_device()
+    device = _device()
     low = four_bit or dtype == "bf16"
     more = {"quantization_config": _four_bit_config(), "device_map": {"": device}} if four_bit else {}
     try:
@@ -203,6 +205,15 @@ def _from_pretrained(folder: Path, four_bit: bool, dtype: str) -> Any:
             _widen(model)
         return model.eval()
     return model.to(device).eval()
+
+
+def _device() -> str:
+    """The GPU of this process where there is one, else `cpu`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
 
 def _four_bit_config() -> Any:
@@ -250,6 +261,10 @@ def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> 
     if not weights.is_file():
         raise MissingSetup(f"{folder}: {ADAPTER_CARD} is there and {weights.name} is not; fetch the whole folder "
                            "again, or train the adapter again")
+    settings = _read_json(folder / ADAPTER_CARD)
+    if settings.get("peft_type") != "LORA" or settings.get("megatron_config"):
+        raise UserError(f"{folder / ADAPTER_CARD}: peft_type {settings.get('peft_type')!r} is not a plain LORA "
+                        "adapter; only those of train_llm.py and train_dpo.py load here")
     base = adapter_base(folder)
     known = _read_json(card).get("base_weights") if card.is_file() else None
     if known:
@@ -265,7 +280,7 @@ def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> 
             with safe_open(weights, framework="np") as file:
                 held = set(file.keys())
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
-            wanted = set(get_peft_model_state_dict(model))
+            wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))  # else it asks the hub
     except Exception as error:  # noqa: BLE001 - two libraries raise a dozen kinds
         raise UserError(other % _first_line(error)) from None
     if held != wanted:
@@ -412,7 +427,7 @@ def _affixes(wrap_name: str, tokenizer: Any) -> tuple[str, str]:
         text = wrap(wrap_name, _SENTINEL)
     else:
         text = tokenizer.apply_chat_template([{"role": "user", "content": _SENTINEL}], tokenize=False,
-                                             add_generation_prompt=True)
+                                             add_generation_prompt=True, **_CHAT_SETTINGS)
     if text.count(_SENTINEL) != 1:
         raise UserError(f"{tokenizer.name_or_path}: its chat template does not repeat the user's words once as they "
                         "are; use wrap alpaca")

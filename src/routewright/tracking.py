@@ -165,6 +165,13 @@ def check_mode(asked: str) -> str:
     return "offline"
 
 
+def dev_names(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores of the weights that were kept under the names of the training's own curves: `dev/` before each, but for
+    `share/...` and `collapse/...`, so that the summary shows the kept weights and not the last step."""
+    return {name if name.startswith(("share/", "collapse/")) else f"dev/{name}": value
+            for name, value in scores.items()}
+
+
 def has_key() -> bool:
     """Whether a W&B key is set in the environment or in the netrc file. The key itself is never returned or shown."""
     if os.environ.get("WANDB_API_KEY"):

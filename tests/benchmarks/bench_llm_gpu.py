@@ -44,6 +44,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 BAR_GB = 7.5  # of an 8 GB card
 LORA_RANK = 16
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+SCORING_ROWS = 32  # of a batch in which decisions are read, as the scripts call label_logits
 ANSWER_TOKENS, PROMPT_TOKENS = 8, 300  # of the trial whose logits are 8 of 308 positions
 
 
@@ -152,19 +153,38 @@ def logit_bytes(shape: Shape, positions: int) -> dict[str, int]:
             "gradient": 2 * shape.vocab * positions}
 
 
+def forward_bytes(shape: Shape, tokens: int) -> int:
+    """A pass without gradients at its widest place, `down` in eval mode: the MLP four times in bf16 and once in float32
+    for LoRA (12 bytes of its width), and the hidden states around it."""
+    return (12 * shape.intermediate + 13 * shape.hidden) * tokens
+
+
+def scoring_tokens(length: int) -> int:
+    """Tokens of a batch in which the decisions on the dev prompts are read (`language_models.label_logits`)."""
+    from routewright.language_models import MOST_TOKENS
+
+    return length * max(1, min(SCORING_ROWS, MOST_TOKENS // length))
+
+
 def mask_bytes_of(tokens: int) -> int:
     """The bf16 attention mask of a pair that shares its prompt: one number for each pair of places."""
     return 2 * tokens * tokens
 
 
 def budget(shape: Shape, tokens: int, adam_bits: int = 8, answer_positions: int = ANSWER_TOKENS) -> dict[str, float]:
-    """The bytes of a DPO step by part, on a GPU. `tokens`: the prompt once, and both answers."""
+    """The bytes of a DPO step by part, on a GPU. `tokens`: the prompt once, and both answers.
+
+    `dev decisions` is all that lies in memory while the monitor and the calibration read the dev prompts at that
+    length, `peak` the larger of that and `step`.
+    """
     logits = logit_bytes(shape, 2 * answer_positions)
     parts = {"weights": nf4_bytes(shape.linear_parameters) + 2 * shape.embedding_parameters,
              "adapter": float(adapter_bytes(shape.lora_parameters(), adam_bits)),
              "checkpoints": float(checkpoint_bytes(shape, tokens)), "one layer": float(layer_bytes(shape, tokens)),
              "mask": float(mask_bytes_of(tokens)), "answer logits": float(sum(logits.values()))}
-    return {**parts, "peak": sum(parts.values())}
+    step = sum(parts.values())
+    reading = parts["weights"] + parts["adapter"] + forward_bytes(shape, scoring_tokens(tokens))
+    return {**parts, "step": step, "dev decisions": reading, "peak": max(step, reading)}
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
@@ -189,24 +209,32 @@ def deberta_flops(length: int, tokens_per_batch: int) -> float:
     return 3 * 2 * layers * (linear + attention + positions)
 
 
+def longest_reading(shape: Shape) -> int:
+    """The longest rows, in steps of 256 tokens, whose training step needs less than reading the dev prompts."""
+    parts = ((tokens, budget(shape, tokens)) for tokens in range(256, 65_537, 256))
+    return max((tokens for tokens, p in parts if p["step"] < p["dev decisions"]), default=0)
+
+
 def print_arithmetic(max_length: int | None) -> None:
     shape = QWEN_1_5B
-    print("No GPU here: nothing was measured; this is the arithmetic of a DPO step (Qwen2.5-1.5B, NF4, LoRA r 16, "
-          f"{shape.lora_parameters() / 1e6:.1f}M trained parameters, 8-bit Adam).")
-    print("GB by part; a token counts once for both answers of a pair, and one layer at a time is computed again.\n")
+    print("No GPU here: nothing was measured; this is the arithmetic of a DPO step (Qwen2.5-1.5B, NF4, LoRA r 16,\n"
+          f"{shape.lora_parameters() / 1e6:.1f}M trained parameters, 8-bit Adam). GB by part; a "
+          "token counts once for both answers\nof a pair, and one layer at a time is computed again.\n")
     lengths = sorted({*LENGTHS, *([max_length] if max_length else [])})
     names = list(budget(shape, 1))
-    print("tokens  " + "  ".join(f"{n:>13}" for n in names) + f"  {'full logits':>13}")
+    print("tokens  " + "  ".join(names) + "  full logits")
     for tokens in lengths:
         parts = budget(shape, tokens)
         full = sum(logit_bytes(shape, tokens).values())
-        print(f"{tokens:6}  " + "  ".join(f"{parts[n] / 1e9:13.2f}" for n in names) + f"  {full / 1e9:13.2f}")
+        print(f"{tokens:6}" + "".join(f"{parts[n] / 1e9:{len(n) + 2}.2f}" for n in names) + f"{full / 1e9:13.2f}")
     longest = max(t for t in range(256, 65_537, 256) if budget(shape, t)["peak"] < BAR_GB * 1e9)
-    print(f"\n`full logits` is what a trainer adds that computes the head for every place. Under {BAR_GB} GB up to "
-          f"{longest:,} tokens; the CUDA context takes 0.3-0.5 GB more.\nFLOP a token: DPO "
-          f"{dpo_flops(shape, True) / 1e9:.2f} G (4P = {dpo_flops(shape, False) / 1e9:.2f} G without recomputing), SFT "
-          f"of 0.5B {sft_flops(QWEN_0_5B, False) / 1e9:.2f} G, DeBERTa-v3-base {deberta_flops(512, 16_384) / 1e9:.2f} "
-          "G at 512 tokens.")
+    print(f"\n`dev decisions`: reading the dev prompts in batches of {SCORING_ROWS}, weights included; it is the peak "
+          f"up to {longest_reading(shape):,} tokens.\n`full logits`: what a trainer adds that computes the head for "
+          f"every place. Under {BAR_GB} GB up to {longest:,} tokens;\nthe CUDA context takes 0.3-0.5 GB more. FLOP a "
+          f"token: DPO {dpo_flops(shape, True) / 1e9:.2f} G (4P = {dpo_flops(shape, False) / 1e9:.2f} G without "
+          f"recomputing),\nSFT of 0.5B {sft_flops(QWEN_0_5B, False) / 1e9:.2f} G, DeBERTa-v3-base "
+          f"{deberta_flops(512, 16_384) / 1e9:.2f} G at 512 tokens.")
+
 
 
 # ---- models and rows -------------------------------------------------------------------------------------------------
@@ -256,21 +284,37 @@ def write_deberta(folder: Path, texts: list[str], shape: dict[str, Any] | None =
 
 
 def dpo_case(folder: Path, shape: Shape, options: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:
-    """train_dpo in the rtx4060 profile, on pairs that fill max_length."""
+    """train_dpo in the rtx4060 profile, on a cache whose prompts fill max_length: it makes the pairs itself, and reads
+    the decisions on a batch of dev prompts before the first step."""
+    import torch
+
     import train_dpo
-    from routewright.textfiles import read_yaml, write_json
+    from routewright.textfiles import read_yaml
 
     profile = ROOT / "configs" / "train_dpo" / "rtx4060.yaml"
     given = read_yaml(profile) if profile.is_file() else {}
     length = options.max_length or given.get("max_length", 1024)
-    texts = random_words(options.steps + 3, length, 0)  # two to validate on, and one at which the clock stops
-    pairs = [{"prompt": text, "chosen": "1", "rejected": "2"} for text in texts]
-    write_json(folder / "pairs.json", pairs[2:])
-    write_json(folder / "dev.json", pairs[:2])
-    chosen = {"data": str(folder / "pairs.json"), "val": str(folder / "dev.json"), "wrap": "none", "four_bit": True,
-              "max_length": length, "global_batch_size": min(16, options.steps), "epochs": 1,
-              "model_name": str(write_decoder(shape, folder / "model")), "output_dir": str(folder / "out")}
+    write_cache(folder / "cache", options.steps + 1, SCORING_ROWS if torch.cuda.is_available() else 2, length)
+    chosen = {"cache": str(folder / "cache"), "wrap": "none", "four_bit": True, "max_length": length,
+              "global_batch_size": min(16, options.steps), "epochs": 1, "model_name":
+              str(write_decoder(shape, folder / "model")), "output_dir": str(folder / "out")}
     return train_dpo.main, {**given, **chosen}
+
+
+def write_cache(folder: Path, train: int, dev: int, words: int) -> None:
+    """An outcome cache of two models that are right in turns, so that each prompt makes one pair."""
+    from routewright.outcomes import write_outcomes
+    from routewright.schema import Outcome, TokenUsage
+
+    rows = []
+    for i, text in enumerate(random_words(train + dev, words, 0)):
+        split = "train" if i < train else "dev"
+        rows += [Outcome(f"p{i}", text, name, "", right, float(right), TokenUsage(words, 4), group=f"g{i}", split=split)
+                 for name, right in (("cheap", i % 2 == 0), ("strong", i % 2 == 1))]
+    write_outcomes(folder / "outcomes.jsonl", rows)
+    (folder / "pool.yaml").write_text("name: bench\nprices_dated: 2026-11-20\nmodels:\n"
+                                      "  - {name: cheap, price_input: 0.1, price_output: 0.4}\n"
+                                      "  - {name: strong, price_input: 1.5, price_output: 6.0}\n")
 
 
 def sft_case(folder: Path, shape: Shape, options: argparse.Namespace) -> tuple[Callable, dict[str, Any]]:

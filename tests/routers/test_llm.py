@@ -119,13 +119,14 @@ def test_a_router_can_be_saved_elsewhere(form, parts, trained, tmp_path):
     router.decision = {"cost_weight": 3.0}
     before = router.estimate(parts[2].prompts[:30])
     (trained(form).folder / "checkpoint-3").mkdir(exist_ok=True)
+    (trained(form).folder / "reference_logps.safetensors").touch()
     folder = router.save(tmp_path / "copy")
     again = load_router(folder)
     assert np.array_equal(again.estimate(parts[2].prompts[:30]), before)
     assert again.decision == {"cost_weight": 3.0} and again.name == "other"
     assert {**again.options, "path": ""} == {**router.options, "path": ""} and again.batch_size == 5
-    assert not list(folder.glob("checkpoint*"))
-    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja", ".md"}
+    assert not list(folder.glob("checkpoint*")) and not (folder / "reference_logps.safetensors").exists()
+    assert {p.suffix for p in folder.rglob("*") if p.is_file()} <= {".json", ".safetensors", ".jinja"}
     assert load_router(again.save(tmp_path / "twice")).as_card() == again.as_card()
 
 
@@ -281,6 +282,14 @@ def test_missing_base_models_are_named(parts, trained, tmp_path):
     edit_json(folder / "adapter_config.json", base_model_name_or_path="/gone/base")
     with pytest.raises(MissingSetup, match="base model '/gone/base' is not on this machine.*hf download hub/name"):
         load_router(folder).estimate(parts[2].prompts[:1])
+
+
+def test_a_base_that_moved_is_found_by_the_name_in_router_json(parts, trained, base, tmp_path):
+    folder = load_router(trained("adapter").folder).save(tmp_path / "r")
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="/gone/base")
+    edit_json(folder / "router.json", base_model=str(base))
+    expected = trained("adapter").router.estimate(parts[2].prompts[:5])
+    assert np.array_equal(load_router(folder).estimate(parts[2].prompts[:5]), expected)
 
 
 def test_an_adapter_over_another_base_is_refused(parts, trained, tmp_path):

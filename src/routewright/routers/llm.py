@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 _DEFAULTS: dict[str, Any] = {"mode": "difficulty", "style": "full", "about": "", "wrap": "auto", "max_length": 512,
                              "batch_size": 32, "four_bit": False, "dtype": "fp32"}
 _TAKEN_FROM_TRAINING = ("mode", "style", "about", "wrap")  # a trained network knows no other way to be asked
+_NETWORK_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*model*.safetensors")
 _NOT_IN_CARD = ("kind", "name", "models", "pool", "options", "decision", "created_with")
 
 
@@ -85,6 +86,7 @@ class LlmRouter(Router):
     calibration: Calibration | None = field(default=None, init=False, repr=False)
     _trained: bool = field(default=False, init=False, repr=False)  # whether `path` is a finished router folder
     _loaded: tuple[Any, Any] | None = field(default=None, init=False, repr=False)
+    _answers: list[int] | None = field(default=None, init=False, repr=False)  # the tokens of the labels
 
     def __post_init__(self) -> None:
         own = bool(self.path) and (Path(self.path) / CARD).is_file()
@@ -152,10 +154,13 @@ class LlmRouter(Router):
 
     def save(self, folder: str | Path) -> Path:
         """Copy the network, if it lies in a router folder, and write calibration and router.json."""
-        folder = Path(folder)
-        if self.path and Path(self.path).resolve() != folder.resolve():
-            ignored = shutil.ignore_patterns("checkpoint*", "runs", CARD, WEIGHTS)
-            shutil.copytree(self.path, folder, dirs_exist_ok=True, ignore=ignored)
+        source, folder = Path(self.path or folder), Path(folder)
+        if source.resolve() != folder.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / CARD).unlink(missing_ok=True)
+            for file in (found for pattern in _NETWORK_FILES for found in source.glob(pattern)):
+                if file.name not in (CARD, WEIGHTS):
+                    shutil.copyfile(file, folder / file.name)
         return super().save(folder)
 
     def as_card(self) -> dict[str, Any]:
@@ -167,6 +172,7 @@ class LlmRouter(Router):
 
     def _fit(self, train: OutcomeTable, dev: OutcomeTable | None, seed: int) -> None:
         self.template = Template.of_pool(train.pool, train.models, self.mode, self.style, self.about)
+        self._answers = None
         self.card |= {"base_model": self.model or self.path, "calibrated_on": {"split": "train", "prompts": train.n},
                       "base_weights": weights_hash(find_weights(self._network_folder()))}
         self.calibration = Calibration.fit(features(self.template, self._logits(train.prompts)), train.quality_mean)
@@ -186,7 +192,10 @@ class LlmRouter(Router):
         """(N, K) logits of the labels."""
         network, tokenizer = self._load()
         wrap = choose_wrap(self.wrap, tokenizer)
-        return prompt_logits(network, tokenizer, self.template, wrap, prompts, self.max_length, self.batch_size)
+        if self._answers is None:
+            self._answers = label_ids(tokenizer, self.template, wrap)
+        return prompt_logits(network, tokenizer, self.template, wrap, prompts, self.max_length, self._answers,
+                             self.batch_size)
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
@@ -261,11 +270,10 @@ _CLASSES = {cls.kind: cls for cls in (LlmRouter, DpoRouter)}
 
 
 def prompt_logits(model: Any, tokenizer: Any, template: Template, wrap: str, prompts: Sequence[Prompt],
-                  max_length: int, batch_size: int = 32) -> np.ndarray:
-    """(N, K) logits of the template's labels for prompts: what a router reads, in training as in serving."""
+                  max_length: int, ids: Sequence[int], batch_size: int = 32) -> np.ndarray:
+    """(N, K) logits of the template's labels `ids` for prompts: what a router reads, in training as in serving."""
     rows = encode_instructions(tokenizer, template, wrap, [template.render(prompt_text(p)) for p in prompts],
                                max_length)
-    ids = label_ids(tokenizer, template, wrap)
     return label_logits(model, rows, ids, batch_size, tokenizer.pad_token_id or 0)
 
 
@@ -283,7 +291,8 @@ def write_llm_router(folder: str | Path, *, kind: str, model: Any, tokenizer: An
     table, split = (dev, "dev") if dev is not None and dev.n else (train, "train")
     if split == "train":
         say("WARNING: calibrated on the train split, for want of a dev split; the estimates will be too sure")
-    logits = prompt_logits(model, tokenizer, template, wrap, table.prompts, max_length)
+    ids = label_ids(tokenizer, template, wrap)
+    logits = prompt_logits(model, tokenizer, template, wrap, table.prompts, max_length, ids)
     router = _CLASSES[kind](name=folder.name, path=str(folder), mode=template.mode, style=template.style,
                             about=template.about, wrap=wrap, max_length=max_length, four_bit=four_bit,
                             dtype=_dtype_of(model))

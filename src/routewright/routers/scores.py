@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from routewright.outcomes import OutcomeTable
 
 LOGIT_SCORES = ("margin", "confidence_margin", "entropy", "max_logit", "top10_variance")
+CHANCE = 0.52  # AUROC up to which a score is said to know nothing
 UNPARSABLE = 0.5  # the score of an answer that names no number
 ALIKE = 0.7  # SequenceMatcher ratio above which two answers mean the same, CoBench's
 _LOGIT_SCALE = 10.0  # logits of language models lie within a few tens
@@ -84,10 +85,11 @@ class ScoreRouter(BaseModelRouter):
         cheap = self.pool.by_price()[0] if self.pool else self.models[0]
         area = auroc(train.quality[:, self.models.index(cheap)] >= 0.5, scores)
         self.card["train_auroc"] = None if area is None else round(area, 4)
-        if area is not None and area <= 0.5:
-            log.warning("router %r: on the train prompts its score tells right from wrong answers of %r no better than "
-                        "chance (AUROC %.3f); the base model %s does not know itself in this way", self.name, cheap,
-                        area, self.base)
+        if area is not None and area <= CHANCE:
+            what = "no better than chance" if area > 1 - CHANCE else "upside down, which the calibration turns round"
+            log.warning("router %r: on the train prompts its score tells right from wrong answers of %r %s (AUROC "
+                        "%.3f); the base model %s does not know itself in this way", self.name, cheap, what, area,
+                        self.base)
 
     def _estimate(self, prompts: Sequence[Prompt]) -> np.ndarray:
         assert self.calibration is not None, "fit or load first"
