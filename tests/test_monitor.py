@@ -99,7 +99,7 @@ def test_no_warning_where_one_model_is_truly_best(dev):
     for step in (1, 5, 10):
         monitor.observe(step, np.ones(dev.n, int))
     assert monitor.one_is_best and not said
-    # The other constant is as much a collapse, but this too is not told: the oracle's own choice is nearly constant.
+    # With a quarter of the prompts better served by the other model, the same decisions are a collapse.
     rewards[: dev.n // 4] = [1.0, 0.0]
     monitor, said, _ = monitor_of(dev, rewards, total_steps=10)
     monitor.observe(5, np.ones(dev.n, int))

@@ -283,6 +283,21 @@ def test_plain_rows_keep_their_response(rows):
     assert made[0]["labels"][-1] == tokenizer.eos_token_id
 
 
+def test_decisions_from_estimates_are_calibrated_on_the_other_half_and_weigh_cost():
+    random = np.random.default_rng(1)
+    feature = random.random((200, 1))
+    quality = np.column_stack([feature[:, 0] < .5, np.ones(200)]).astype(float)
+    estimate = script.cross_calibrated(feature, quality)
+    assert ((estimate[:, 0] > .5) == (quality[:, 0] > .5)).mean() > .95
+    # A half that saw noise alone says nothing of the other half's own labels.
+    noise = (random.random((200, 1)) < .5).astype(float)
+    assert abs(np.corrcoef(script.cross_calibrated(feature, noise)[:, 0], noise[:, 0])[0, 1]) < .25
+    cost = np.tile([.1, 1.], (200, 1))
+    for kind in ("linear", "binary", "capped"):
+        value = script.expected_reward(Reward(kind, cost_weight=.3), cost, estimate)
+        assert ((value.argmax(1) == 0) == (quality[:, 0] > .5)).mean() > .9, kind
+
+
 # --- what is learnt ---------------------------------------------------------------------------------------------------
 
 def test_all_weights_move_and_the_decisions_beat_every_constant(trained, cache):

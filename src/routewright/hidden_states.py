@@ -78,7 +78,9 @@ def base_shape(folder: Path) -> tuple[int, int]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config = config.get("text_config") or config
-        return int(config["num_hidden_layers"]) + 1, int(config["hidden_size"])
+        layers, width = (config.get(name, config.get(old)) for name, old in
+                         (("num_hidden_layers", "n_layer"), ("hidden_size", "n_embd")))
+        return int(layers) + 1, int(width)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MissingSetup(f"{folder}: config.json says no num_hidden_layers and hidden_size "
                            f"({type(error).__name__}); a base is the folder of a causal language model") from None
@@ -264,11 +266,27 @@ class StateReader(PromptReader):
             ids[i, :len(row)] = torch.tensor(row)
             mask[i, :len(row)] = 1
         ids, mask = ids.to(inner.device), mask.to(inner.device)
-        with torch.inference_mode():
-            layers = trunk(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
-            share = (mask / mask.sum(1, keepdim=True)).unsqueeze(1)  # (B, 1, T)
-            means = [torch.bmm(share.to(torch.float32), layer.float())[:, 0] for layer in layers]  # one (B, D) a layer
-            return torch.stack(means, dim=1).cpu().numpy()
+        share = (mask / mask.sum(1, keepdim=True)).unsqueeze(1).float()  # (B, 1, T)
+        means: list[Any] = []  # one (B, D) a layer
+
+        def keep(hidden: Any) -> None:
+            means.append(torch.bmm(share, hidden.float())[:, 0])
+
+        def keep_input(_: Any, args: tuple, named: dict[str, Any]) -> None:
+            keep(args[0] if args else named["hidden_states"])
+
+        # A layer's states are reduced as they pass into the next one, so that those of one layer are held, not of all.
+        blocks = getattr(trunk, "layers", None) or ()
+        hooks = [block.register_forward_pre_hook(keep_input, with_kwargs=True) for block in blocks]
+        try:
+            with torch.inference_mode():
+                out = trunk(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=not hooks)
+                for hidden in (out.last_hidden_state,) if hooks else out.hidden_states:
+                    keep(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack(means, dim=1).cpu().numpy()
 
 
 # ---------------------------------------------------------------- the cache on disk
@@ -321,10 +339,10 @@ class _BlockCache:
             rows.append(row)
         found: np.ndarray | None = None
         for block, places, rows in wanted.values():
-            values = _load(block)["values"] if isinstance(block, Path) else block
+            values = _load_rows(block, rows) if isinstance(block, Path) else block[rows]
             if found is None:
                 found = np.empty((len(keys), *values.shape[1:]), values.dtype)
-            found[places] = values[rows]
+            found[places] = values
         return np.zeros((0, 1), np.float32) if found is None else found, [self._seconds[key] for key in keys]
 
     def _find_again(self, keys: Sequence[bytes]) -> None:
@@ -393,12 +411,16 @@ class _BlockCache:
             self._seconds[key.tobytes()] = float(seconds[row])
 
 
-def _load(file: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _load_rows(file: Path, rows: list[int]) -> np.ndarray:
+    """These rows of a block; a few of many are read one by one."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
+        with safe_open(str(file), "numpy") as stored:
+            part = stored.get_slice("values")
+            if len(rows) * 4 < part.get_shape()[0]:
+                return np.concatenate([part[row:row + 1] for row in rows])
+            return stored.get_tensor("values")[rows]
     except (SafetensorError, OSError) as error:
         raise MissingSetup(f"{file}: this block of the cache of readings is damaged ({error}); delete it and run the "
                            "command again, its prompts are read anew") from None

@@ -150,6 +150,7 @@ def _make_trainer() -> type:
             if "ref" in getattr(self.model, "peft_config", {}):
                 self.model.delete_adapter("ref")  # the library's copy of a warm start; the log-probs replace it
             self._columns: Any = None
+            self._engine: Any = None
             self._reading = self.model.get_base_model() if is_peft_model(self.model) else self.model
             self._reading.base_model.register_forward_hook(self._keep_answers)
 
@@ -202,6 +203,7 @@ def _make_trainer() -> type:
 
         def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             self.add_reference(resuming=bool(resume_from_checkpoint))
+            self._engine = None
             return super().train(resume_from_checkpoint, *args, **kwargs)
 
         def add_reference(self, resuming: bool = False) -> None:
@@ -285,9 +287,11 @@ def _make_trainer() -> type:
                 return self.model
             if self.model_wrapped is not self.model:
                 return self.model_wrapped
-            from trl.models import prepare_deepspeed  # before training the weights may lie sharded and on the CPU
+            if self._engine is None:  # before training the weights may lie sharded and on the CPU
+                from trl.models import prepare_deepspeed
 
-            return prepare_deepspeed(self.model, self.accelerator)
+                self._engine = prepare_deepspeed(self.model, self.accelerator)
+            return self._engine
 
         def _check_sharing(self, rows: Any) -> None:
             """Read the longest-answered of the first pairs both ways; raises UserError where they differ.

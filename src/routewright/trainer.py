@@ -166,6 +166,8 @@ class SafetyNet:
             if self.args.world_size > 1:
                 self._watch.leave()
             told = self._explain(error)
+            if self.args.world_size > 1:
+                self._watch.end_with(getattr(told, "exit_code", 1))
             if told is error:
                 raise
             raise told from (None if isinstance(error, _Stopped) else error)

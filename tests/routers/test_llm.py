@@ -24,6 +24,11 @@ from routewright.templates import Template
 FORMS = {"whole": (False, False), "adapter": (True, False), "four-bit adapter": (True, True)}
 
 
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for the last bits, which hang on where in memory the weights lie."""
+    return a.shape == b.shape and np.abs(a - b).max() < 1e-6
+
+
 @pytest.fixture(scope="module")
 def parts():
     table = make_table(n=600, seed=3)
@@ -107,7 +112,7 @@ def test_a_folder_gives_the_estimates_it_was_written_with(form, mode, parts, tra
     made = trained(form, mode)
     again = load_router(made.folder)
     assert type(again) is LlmRouter and again.name == "mine" and again.models == ("cheap", "strong")
-    assert np.array_equal(again.estimate(parts[2].prompts), made.router.estimate(parts[2].prompts))
+    assert same(again.estimate(parts[2].prompts), made.router.estimate(parts[2].prompts))
     assert again.template == made.router.template and again.pool.models == parts[0].pool.models
     assert (again.four_bit, again.dtype) == (FORMS[form][1], "bf16" if FORMS[form][1] else "fp32")
     assert again.wrap == "chat" and again.max_length == 128 and not again.needs_training
@@ -122,7 +127,7 @@ def test_a_router_can_be_saved_elsewhere(form, parts, trained, tmp_path):
     (trained(form).folder / "reference_logps.safetensors").touch()
     folder = router.save(tmp_path / "copy")
     again = load_router(folder)
-    assert np.array_equal(again.estimate(parts[2].prompts[:30]), before)
+    assert same(again.estimate(parts[2].prompts[:30]), before)
     assert again.decision == {"cost_weight": 3.0} and again.name == "other"
     assert {**again.options, "path": ""} == {**router.options, "path": ""} and again.batch_size == 5
     assert not list(folder.glob("checkpoint*")) and not (folder / "reference_logps.safetensors").exists()
@@ -147,7 +152,7 @@ def test_a_dpo_router_is_its_own_kind(parts, trained):
     made = trained("four-bit adapter", kind="dpo")
     again = load_router(made.folder)
     assert type(again) is DpoRouter and again.kind == "dpo"
-    assert np.array_equal(again.estimate(parts[2].prompts[:9]), made.router.estimate(parts[2].prompts[:9]))
+    assert same(again.estimate(parts[2].prompts[:9]), made.router.estimate(parts[2].prompts[:9]))
     with pytest.raises(UserError, match="kind is 'dpo', not 'llm'"):
         LlmRouter.load(made.folder)
 
@@ -161,7 +166,7 @@ def test_without_a_dev_split_the_train_split_calibrates_with_a_warning(parts, ba
         "bare"), wrap="auto", max_length=64, base_model="b", four_bit=False, train=parts[0], dev=None, seed=0,
         say=said.append)
     assert "calibrated on the train split" in said[0] and router.card["calibrated_on"]["prompts"] == parts[0].n
-    assert np.array_equal(load_router(tmp_path).estimate(parts[2].prompts[:5]), router.estimate(parts[2].prompts[:5]))
+    assert same(load_router(tmp_path).estimate(parts[2].prompts[:5]), router.estimate(parts[2].prompts[:5]))
 
 
 def test_other_ranks_calibrate_and_write_nothing(parts, base, tmp_path, monkeypatch):
@@ -195,7 +200,7 @@ def test_a_base_model_as_it_is_is_calibrated_on_the_train_split(mode, parts, tra
     before = router.estimate(parts[2].prompts)
     assert auroc(parts[2].quality[:, 0], before[:, 0]) > 0.8
     again = load_router(router.save(tmp_path / "saved"))
-    assert np.array_equal(again.estimate(parts[2].prompts), before)
+    assert same(again.estimate(parts[2].prompts), before)
     assert sorted(p.name for p in (tmp_path / "saved").iterdir()) == ["router.json", "weights.safetensors"]
     # Another base model in its place would read as something else under the same calibration.
     edit_json(tmp_path / "base" / "config.json", rms_norm_eps=1e-5)
@@ -225,7 +230,7 @@ def test_estimates_do_not_depend_on_the_company_a_prompt_keeps(parts, trained):
 def test_references_and_responses_never_reach_an_estimate(parts, trained):
     router = trained("whole").router
     told = [replace(p, reference="hard", task="hard") for p in parts[2].prompts]
-    assert np.array_equal(router.estimate(told), router.estimate(parts[2].prompts))
+    assert same(router.estimate(told), router.estimate(parts[2].prompts))
 
 
 def test_empty_and_odd_prompts_pass_through(trained):
@@ -244,7 +249,7 @@ def test_a_router_serves_the_models_it_shares_with_a_pool(parts, trained):
     router = load_router(trained("whole").folder)
     both = router.estimate(parts[2].prompts[:6])
     router.fit(SimpleNamespace(models=("strong",), pool=parts[0].pool))
-    assert router.models == ("strong",) and np.array_equal(router.estimate(parts[2].prompts[:6]), both[:, 1:])
+    assert router.models == ("strong",) and same(router.estimate(parts[2].prompts[:6]), both[:, 1:])
     with pytest.raises(UserError, match="the router knows cheap, strong, and the pool has none of them"):
         router.bind(["other"], None)
 
@@ -289,7 +294,7 @@ def test_a_base_that_moved_is_found_by_the_name_in_router_json(parts, trained, b
     edit_json(folder / "adapter_config.json", base_model_name_or_path="/gone/base")
     edit_json(folder / "router.json", base_model=str(base))
     expected = trained("adapter").router.estimate(parts[2].prompts[:5])
-    assert np.array_equal(load_router(folder).estimate(parts[2].prompts[:5]), expected)
+    assert same(load_router(folder).estimate(parts[2].prompts[:5]), expected)
 
 
 def test_an_adapter_over_another_base_is_refused(parts, trained, tmp_path):

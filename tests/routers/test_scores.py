@@ -251,7 +251,8 @@ def test_clusters_and_agreement():
 
 def test_a_prompt_beyond_the_context_scores_zero(cheap, cache, parts):
     long = replace(parts[2].prompts[0], prompt="hard river " * 400)
-    assert made("semantic_entropy", cheap, cache).scores([long, parts[2].prompts[1]])[0] == 0.0
+    for name in ("semantic_entropy", "self text"):
+        assert made(name, cheap, cache).scores([long, parts[2].prompts[1]])[0] == 0.0
 
 
 # ---------------------------------------------------------------- what people get wrong
@@ -268,6 +269,16 @@ def test_a_prompt_beyond_the_context_scores_zero(cheap, cache, parts):
 def test_wrong_options_are_named(kind, options, said):
     with pytest.raises(UserError, match=said):
         make_router(kind, **options)
+
+
+def test_the_shipped_file_of_language_routers_can_be_made(root):
+    from routewright.routers import from_entry
+    from routewright.textfiles import read_yaml
+
+    rows = read_yaml(root / "configs" / "routers" / "language.yaml")["routers"]
+    kinds = [from_entry(row).kind for row in rows if "kind" in row]
+    assert {"probe", "self_questioning", "logit_score", "semantic_entropy"} <= set(kinds)
+    assert all("{seed}" in row["path"] for row in rows if "path" in row)
 
 
 def test_a_score_at_chance_is_warned_of(cheap, cache, parts, caplog):

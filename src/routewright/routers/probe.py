@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from routewright.calibration import Calibration, sigmoid
-from routewright.errors import UserError
+from routewright.errors import MissingSetup, UserError
 from routewright.hidden_states import (
     MAX_LENGTH,
     PRECISIONS,
@@ -112,7 +112,10 @@ class BaseModelRouter(Router):
             member, path = cheap_model(self.pool)
         self.base = self.base or path
         folder = find_base(self.base)
-        same = bool(path) and find_base(path).resolve() == folder.resolve()
+        try:
+            same = bool(path) and find_base(path).resolve() == folder.resolve()
+        except MissingSetup:  # the pool's own weights are not needed where another base is named
+            same = False
         layers, width = base_shape(folder)
         self.card["base"] = {"model": member if same else "", "layers": layers, "width": width,
                              "weights": self.reader.weights}

@@ -67,12 +67,17 @@ class ScoreRouter(BaseModelRouter):
         """P(the cheap model suffices), (N,) in [0, 1], before calibration; needs a base model, no fit."""
         if not self.base:
             self.prepare()
-        return self._read(prompts)[:, self._column]
+        found = self._read(prompts)
+        self._look(found)
+        return found[:, self._column] if len(prompts) else np.zeros(0)
 
     @property
     def _column(self) -> int:
         """Which of the numbers read off a prompt is the score."""
         return 0
+
+    def _look(self, found: np.ndarray) -> None:
+        """Be shown what was read, (N, K)."""
 
     def _fit(self, train: OutcomeTable, dev: OutcomeTable | None, seed: int) -> None:
         from routewright.metrics import auroc
@@ -199,7 +204,8 @@ class _EaseReader(_AnswerReader):
 
     def _compute(self, model: Any, tokenizer: Any, texts: list[str], rows: list[list[int]]) -> np.ndarray:
         answers = self._ask(model, tokenizer, [TEXT_QUESTION + text for text in texts], Sampling(max_new_tokens=10))
-        eases = [parse_ease(answer.response) for answer in answers]
+        # A prompt beyond the context window will not be answered at all: that is a plain 0, not an unread answer.
+        eases = [0.0 if answer.error else parse_ease(answer.response) for answer in answers]
         return np.array([(UNPARSABLE if ease is None else ease, ease is not None, answer.token_usage.input,
                           answer.token_usage.output) for ease, answer in zip(eases, answers, strict=True)], float)
 
@@ -209,8 +215,8 @@ class SelfQuestioningRouter(ScoreRouter):
     """The cheap model is asked how hard the prompt is for it.
 
     form `logits`: one forward pass, the expected level out of the logits of the ten digits. form `text`: CoBench's
-    0-100 answer, greedy, at most 10 tokens; an answer without a number scores 0.5 and is counted. A model without
-    instruction tuning says little in either form.
+    0-100 answer, greedy, at most 10 tokens; an answer without a number scores 0.5 and is counted, and a prompt beyond
+    the base model's context scores 0. A model without instruction tuning says little in either form.
     """
 
     kind: ClassVar[str] = "self_questioning"
@@ -226,15 +232,14 @@ class SelfQuestioningRouter(ScoreRouter):
     def _make_reader(self, **options: Any) -> PromptReader:
         return (_LevelReader if self.form == "logits" else _EaseReader)(**options)
 
-    def scores(self, prompts: Sequence[Prompt]) -> np.ndarray:
-        found = super().scores(prompts)
-        if self.form == "text" and len(prompts):
-            self.unparsable = int((self._read(prompts)[:, 1] == 0).sum())
-            if self.unparsable:
-                cure = "; use form logits, which needs no number" if self.unparsable * 2 > len(prompts) else ""
-                log.warning("router %r: %d of %d answers of %s name no number from 0 to 100 and score %.1f%s",
-                            self.name, self.unparsable, len(prompts), self.base, UNPARSABLE, cure)
-        return found
+    def _look(self, found: np.ndarray) -> None:
+        if self.form != "text" or not len(found):
+            return
+        self.unparsable = int((found[:, 1] == 0).sum())
+        if self.unparsable:
+            cure = "; use form logits, which needs no number" if self.unparsable * 2 > len(found) else ""
+            log.warning("router %r: %d of %d answers of %s name no number from 0 to 100 and score %.1f%s", self.name,
+                        self.unparsable, len(found), self.base, UNPARSABLE, cure)
 
     def _usages(self, prompts: Sequence[Prompt]) -> list[TokenUsage] | None:
         return _usages(self._read(prompts)[:, 2:]) if self.form == "text" else None
