@@ -148,7 +148,7 @@ def train_all(kinds: tuple[str, ...], seeds: int, seed: int, out: Path, options:
             router = make(kind, out.name, options)
             mark = "" if alone else f"{kind}-{start}/"
             monitor = DecisionMonitor(dev, rewards, Prefixed(tracker, mark), say if alone else quiet,
-                                      folder=out if alone else None)
+                                      folder=out if alone else None, total_steps=options["epochs"])
             if alone:
                 monitor.resume(0)  # the head is trained anew, so is the record of its decisions
             router.on_epoch = epoch_listener(monitor, train, dev, weight, tracker, mark, say if alone else quiet)
@@ -239,13 +239,15 @@ def dev_scores(router: Any, train: Any, dev: Any, weight: float) -> dict[str, An
 def report(best: dict[str, Any], runs: list[dict[str, Any]], router: Any, train: Any, dev: Any, out: Path, tracker: Any,
            say: Say) -> None:
     """dev_scores.json, the tracker's summary, and the table of kinds where several were trained."""
+    from routewright.tracking import dev_names
+
     shares = router.layer_weights
     scores = {**rounded(best), "train_prompts": train.n, "dev_prompts": dev.n,
               "tried": sorted((rounded(run) for run in runs), key=lambda run: run["dev_loss"])}
     if shares is not None:
         scores["layer_weights"] = [round(float(share), 4) for share in shares]
     write_json(out / "dev_scores.json", scores)
-    tracker.summary({f"dev/{name}": value for name, value in rounded(best).items()})
+    tracker.summary(dev_names(rounded(best)))
     if len(runs) > 1:
         columns = ["probe", "seed", "epochs", "dev_loss", "auroc", "aiq", "quality", "cost_usd"]
         tracker.table("tried", columns, [[run.get(name) for name in columns] for run in scores["tried"]])

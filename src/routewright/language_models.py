@@ -270,8 +270,6 @@ def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> 
     if known:
         check_weights(base, known, str(folder))
     model, tokenizer = load_causal(base, four_bit=four_bit, dtype=dtype)
-    other = f"{folder}: the adapter does not fit its base model {base} (%s); it was trained over another one, so put " \
-            "that there or train it again"
     try:
         with _quiet_packages():
             from peft import PeftModel, get_peft_model_state_dict
@@ -282,11 +280,16 @@ def _load_adapter(folder: Path, four_bit: bool, dtype: str, trainable: bool) -> 
             model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable, local_files_only=True)
             wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))  # else it asks the hub
     except Exception as error:  # noqa: BLE001 - two libraries raise a dozen kinds
-        raise UserError(other % _first_line(error)) from None
+        raise _misfit(folder, base, _first_line(error)) from None
     if held != wanted:
         few, some = ("lacks", wanted - held) if wanted - held else ("has no place for", held - wanted)
-        raise UserError(other % f"it {few} {len(some)} weights, first: {min(some)}")
+        raise _misfit(folder, base, f"it {few} {len(some)} weights, first: {min(some)}")
     return model.eval(), tokenizer
+
+
+def _misfit(folder: Path, base: Path, what: str) -> UserError:
+    return UserError(f"{folder}: the adapter does not fit its base model {base} ({what}); it was trained over another "
+                     "one, so put that there or train it again")
 
 
 def check_weights(base: Path, known: str, who: str) -> None:

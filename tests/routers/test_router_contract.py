@@ -248,7 +248,7 @@ def test_example_configs_hold_known_entries(root, monkeypatch):
     from routewright.textfiles import read_yaml
 
     monkeypatch.delenv("MINILM", raising=False)
-    for name in ("quickstart", "examples", "routellm"):
+    for name in ("quickstart", "examples", "routellm", "sample_seeds", "language"):
         rows = read_yaml(root / "configs" / "routers" / f"{name}.yaml")["routers"]
         assert len({row["name"] for row in rows}) == len(rows)
         for row in rows:
