@@ -45,7 +45,17 @@ from routewright.errors import UserError
 from routewright.launch import launch
 from routewright.router_data import Examples, Source
 from routewright.textfiles import write_json
-from routewright.training import LOG_STEPS, Say, check_trainer_names, console, is_score, make_reporter, quiet_libraries
+from routewright.training import (
+    LOG_STEPS,
+    Say,
+    check_trainer_names,
+    console,
+    is_complete,
+    is_score,
+    make_reporter,
+    quiet_libraries,
+    save_weights,
+)
 
 LEARNING_RATE = 2e-5
 TINY_LEARNING_RATE = 1e-3  # weights that start from nothing want bigger steps
@@ -126,12 +136,13 @@ def main(
         run = build_trainer(model, tokenizer, arguments, (train, dev), (train_rows, dev_rows), source, method=method,
                             weights=loss_weights(class_weights, train, source), tracker=tracker, say=say)
         run.run(resume=resume)
-        if is_saved(run, out):
+        if is_complete(run, out, "router.json", "dev_scores.json"):
             say(f"this run was finished before; its router: {out} (--resume none trains anew)")
             return
         scores = score_validation(run, dev_rows, source)
+        save_weights(run, out)
         if run.is_world_process_zero():
-            save_router(run, out, base, train, source, max_length)
+            write_router(out, base, train, source, max_length)
             report(scores, out, tracker, say)
         run.accelerator.wait_for_everyone()
 
@@ -399,28 +410,11 @@ def report(scores: dict[str, float], out: Path, tracker: Any, say: Any) -> None:
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
-def is_saved(run: Any, out: Path) -> bool:
-    """Whether a run that was finished before left its router too: the best checkpoint's weights, scored."""
-    from routewright.checkpoints import fingerprint
-
-    best = run.state.best_model_checkpoint
-    if not (run.was_finished and best and (out / "router.json").is_file() and (out / "dev_scores.json").is_file()):
-        return False
-    files = [folder / "model.safetensors" for folder in (out, Path(best))]
-    return all(f.is_file() for f in files) and fingerprint(files[0]) == fingerprint(files[1])
-
-
-def save_router(run: Any, out: Path, base: Base, train: Examples, source: Source, max_length: int) -> None:
-    """The final weights and router.json beside the checkpoints.
-
-    router.json goes first and comes last: a folder that has it is whole.
-    """
+def write_router(out: Path, base: Base, train: Examples, source: Source, max_length: int) -> None:
+    """router.json beside the final weights."""
     from routewright.routers.base import write_card
     from routewright.schema import Prompt
 
-    (out / "router.json").unlink(missing_ok=True)
-    run.save_model(str(out))
-    (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
     if source.table is not None:
         prompts, pool, cache = source.table.prompts, source.table.pool, source.table.fingerprint
     else:

@@ -38,15 +38,11 @@ No GPU was measured; CoBench reports about 4 GB per GPU for a 0.5B model.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from routewright import sets
 from routewright.base_models import choose_precision, median_rows
 from routewright.errors import UserError
 from routewright.language_models import (
@@ -66,7 +62,18 @@ from routewright.launch import launch
 from routewright.router_data import LengthGroupedOrder, PadBatch, hold_out
 from routewright.templates import Template
 from routewright.textfiles import write_json
-from routewright.training import LOG_STEPS, Say, check_trainer_names, console, is_score, make_reporter, quiet_libraries
+from routewright.training import (
+    LOG_STEPS,
+    Say,
+    check_trainer_names,
+    console,
+    is_complete,
+    is_score,
+    make_reporter,
+    quiet_libraries,
+    save_weights,
+)
+from routewright.training_sets import Rows, TrainingSet, add_outcomes, read_with_twin
 
 BASE_MODEL = "Qwen/Qwen2.5-0.5B"
 LEARNING_RATE = 2e-5
@@ -79,8 +86,6 @@ OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size"
          "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
          "bf16": "precision", "fp16": "precision", "report_to": "wandb", "packing": "packing",
          "max_length": "max_length"}
-
-Rows = list[dict[str, Any]]
 
 
 def main(
@@ -163,11 +168,11 @@ def main(
         run = build_trainer(model, tokenizer, arguments, source, (train_rows, dev_rows), reader, method=method,
                             tracker=tracker, say=say)
         run.run(resume=resume)
-        if is_saved(run, out, source):
+        if is_complete(run, out, "dev_scores.json", *(["router.json"] if source.table is not None else [])):
             say(f"this run was finished before; its {source.product}: {out} (--resume none trains anew)")
             return
         scores = score_validation(run, reader, source)
-        save(run, out)
+        save_weights(run, out)
         if source.table is not None:
             write_router(run, out, source, tokenizer, wrap=wrap, max_length=longest, base_model=base.name,
                          four_bit=four_bit, seed=seed, say=say)
@@ -202,73 +207,26 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
 
 # --- rows -------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Source:
-    """The rows, what their responses mean, and the outcomes behind them.
-
-    template: None for plain rows, whose responses are any text. table, dev_table: the train and dev split of the cache,
-    with the models of the template as columns; rewards: (N, M) of the dev split, and what a decision from estimates
-    needs: `value(estimates)` is their expected reward (N, M).
-    """
-
-    name: str
-    train: Rows
-    dev: Rows
-    template: Template | None = None
-    table: Any = None
-    dev_table: Any = None
-    rewards: np.ndarray | None = None
-    value: Callable[[np.ndarray], np.ndarray] | None = None
-
-    @property
-    def words(self) -> str:
-        if self.template is None:
-            return "plain responses"
-        about = f" of {self.template.about}" if self.template.about else ""
-        return f"{self.template.mode}{about} among {', '.join(self.template.models)}"
-
-    @property
-    def product(self) -> str:
-        return "router" if self.table is not None else "weights"
-
-
-def load_source(data: str, val: str, cache: str, skip_bad: int, say: Say) -> Source:
+def load_source(data: str, val: str, cache: str, skip_bad: int, say: Say) -> TrainingSet:
     """Every row checked before any weight is loaded; warnings go to `say`. Raises UserError naming file and line."""
-    rows, card = sets.read_set(data, "alpaca", skip_bad, say)
-    twin = val or (str(Path(data).parent / card["dev"]) if card and card["dev"] else "")
-    if twin and not val and not Path(twin).is_file():
-        say(f"warning: {data}: its dev set {twin} is not there; a tenth of the rows is held out instead")
-        twin = ""
-    if twin:
-        held, held_card = sets.read_set(twin, "alpaca", skip_bad, say)
-        check_apart(rows, held, data, twin)
-        if held_card and (card is None or held_card["template"] != card["template"]):
-            raise UserError(f"{twin}: these rows were built with another template than {data}; build both in one go")
-    else:
-        keep, hold = hold_out([row["instruction"] for row in rows], VALIDATION_SHARE)
-        rows, held = [rows[i] for i in keep], [rows[i] for i in hold]
+    rows, held, card = read_with_twin("alpaca", data, val, hold_out_rows, skip_bad, say)
     if card is None:
         say(f"WARNING: {data} has no card, so nothing says which models its responses choose among: the result will be "
             "a fine-tuned language model and no router; build rows with build_sets.py to train one")
-        return Source(data, rows, held)
-    source = Source(data, rows, held, Template.from_card(card["template"], data))
+        return TrainingSet(data, rows, held)
+    source = TrainingSet(data, rows, held, Template.from_card(card["template"], data))
     read_labels(source)
     add_outcomes(source, card, cache, say)
     return source
 
 
-def check_apart(rows: Rows, held: Rows, data: str, twin: str) -> None:
-    """Validation instructions must be new: one that was seen in training measures memory."""
-    seen = {row["instruction"]: number for number, row in enumerate(rows, 1)}
-    shared = [(number, seen[row["instruction"]]) for number, row in enumerate(held, 1) if row["instruction"] in seen]
-    if shared:
-        here, there = shared[0]
-        raise UserError(f"{twin}: row {here}: this instruction is also among the training rows ({data}: row {there}), "
-                        f"as are {len(shared) - 1} more; remove them, or hold rows out by group: leave --val empty and "
-                        "take a set without a dev twin")
+def hold_out_rows(rows: Rows) -> tuple[Rows, Rows]:
+    """(train, held) rows; near-duplicates stay on one side."""
+    keep, hold = hold_out([row["instruction"] for row in rows], VALIDATION_SHARE)
+    return [rows[i] for i in keep], [rows[i] for i in hold]
 
 
-def read_labels(source: Source) -> None:
+def read_labels(source: TrainingSet) -> None:
     """`label` of each row: the place of its response among the template's. Raises UserError where all are the same."""
     template = source.template
     for row in (*source.train, *source.dev):
@@ -282,29 +240,6 @@ def read_labels(source: Source) -> None:
                         "there is nothing to learn; build the set with another cost weight, or from other prompts")
 
 
-def add_outcomes(source: Source, card: dict[str, Any], cache: str, say: Say) -> None:
-    """The outcomes that calibrate the router and show what its decisions earn, divided as the rows were."""
-    from routewright.decide import expected_cost
-    from routewright.outcomes import cache_file
-
-    try:
-        cache_file(cache or card["cache"])
-    except UserError:
-        if cache:
-            raise
-        say(f"WARNING: {source.name}: its cache {card['cache']} is not here, so the weights will be trained but no "
-            "router.json written; give --cache, now or by running the same line again")
-        return
-    table = sets.table_of_card(card, source.name, cache)
-    source.table = table.split(card["split"] or "train")
-    if "dev" not in table.splits:
-        return
-    source.dev_table = table.split("dev")
-    reward = sets.reward_of_card(card, source.name)
-    source.rewards = sets.reward_table(source.dev_table, reward, card["cost_unit"], card["unit_usd"])
-    source.value = partial(expected_reward, reward, expected_cost(source.table, source.dev_table) / card["unit_usd"])
-
-
 def expected_reward(reward: Any, cost: np.ndarray, estimate: np.ndarray) -> np.ndarray:
     """(N, M) reward to expect of estimates (N, M), at costs in the reward's unit."""
     if reward.kind == "binary":
@@ -314,7 +249,7 @@ def expected_reward(reward: Any, cost: np.ndarray, estimate: np.ndarray) -> np.n
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
-def encode(tokenizer: Any, source: Source, rows: Rows, wrap: str, max_length: int) -> Rows:
+def encode(tokenizer: Any, source: TrainingSet, rows: Rows, wrap: str, max_length: int) -> Rows:
     """input_ids and labels per row: the wrapped instruction, then the response and the end token, which alone count."""
     texts = [row["instruction"] for row in rows]
     if source.template is not None:
@@ -333,7 +268,7 @@ def encode(tokenizer: Any, source: Source, rows: Rows, wrap: str, max_length: in
     return made
 
 
-def check_tokens(folder: Path, source: Source, wrap: str, max_length: int) -> None:
+def check_tokens(folder: Path, source: TrainingSet, wrap: str, max_length: int) -> None:
     """Whether the tokenizer has the wrap and the answers, without loading any weight."""
     from routewright.encoders import load_tokenizer
     from routewright.language_models import adapter_base
@@ -409,12 +344,14 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
 class Reader:
     """What the network answers to the validation rows and to the dev prompts: one pass over both, kept for a step."""
 
-    def __init__(self, source: Source, tokenizer: Any, wrap: str, max_length: int) -> None:
+    def __init__(self, source: TrainingSet, tokenizer: Any, wrap: str, max_length: int) -> None:
         self.source, self.pad_id = source, tokenizer.pad_token_id
         texts = [row["instruction"] for row in source.dev]
         if source.dev_table is not None:
+            from routewright.decide import expected_cost
             from routewright.prompts import full_text
 
+            self.cost = expected_cost(source.table, source.dev_table) / source.unit_usd
             texts += [source.template.render(full_text(prompt)) for prompt in source.dev_table.prompts]
         distinct = list(dict.fromkeys(texts))
         place = {text: i for i, text in enumerate(distinct)}
@@ -440,8 +377,8 @@ class Reader:
         logits = self.logits(model, step)[self.of_prompts]
         if self.source.template.mode == "decision":
             return logits.argmax(1)
-        return self.source.value(cross_calibrated(features(self.source.template, logits),
-                                                  self.source.dev_table.quality_mean)).argmax(1)
+        estimate = cross_calibrated(features(self.source.template, logits), self.source.dev_table.quality_mean)
+        return expected_reward(self.source.reward, self.cost, estimate).argmax(1)
 
 
 def cross_calibrated(found: np.ndarray, quality: np.ndarray) -> np.ndarray:
@@ -455,7 +392,7 @@ def cross_calibrated(found: np.ndarray, quality: np.ndarray) -> np.ndarray:
     return estimate
 
 
-def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, encoded: tuple[Rows, Rows],
+def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSet, encoded: tuple[Rows, Rows],
                   reader: Reader | None, *, method: dict[str, Any], tracker: Any, say: Say) -> Any:
     """TRL's SFTTrainer in the safety net, with our batch order; loss, loop, optimizer and schedule are the library's.
 
@@ -543,7 +480,7 @@ def row_name(path: str, index: int, row: dict[str, Any]) -> str:
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
-def score_validation(run: Any, reader: Reader | None, source: Source) -> dict[str, float]:
+def score_validation(run: Any, reader: Reader | None, source: TrainingSet) -> dict[str, float]:
     """Scores of the weights that were kept: loss and label accuracy, and on a cache what the decisions earn."""
     if reader:
         reader.kept = None
@@ -558,53 +495,20 @@ def score_validation(run: Any, reader: Reader | None, source: Source) -> dict[st
     return scores
 
 
-def report(scores: dict[str, float], out: Path, source: Source, tracker: Any, say: Any) -> None:
+def report(scores: dict[str, float], out: Path, source: TrainingSet, tracker: Any, say: Any) -> None:
     """dev_scores.json, the tracker's summary and one line."""
+    from routewright.tracking import dev_names
+
     kept = {name: round(value, 8) for name, value in scores.items()}
     write_json(out / "dev_scores.json", kept)
-    tracker.summary({f"dev/{k}": v for k, v in kept.items()})
+    tracker.summary(dev_names(kept))
     words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
     say(f"kept the best epoch, on the validation rows: {words}\n{source.product}: {out}")
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
-def weight_files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.glob("*model*.safetensors"))
-
-
-def is_saved(run: Any, out: Path, source: Source) -> bool:
-    """Whether a run that was finished before left all it should: the best checkpoint's weights, scores, a router."""
-    from routewright.checkpoints import fingerprint
-
-    best = run.state.best_model_checkpoint
-    if not (run.was_finished and best and (out / "dev_scores.json").is_file()):
-        return False
-    if source.table is not None and not (out / "router.json").is_file():
-        return False
-    names = weight_files(Path(best))
-    return bool(names) and names == weight_files(out) and all(
-        fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)
-
-
-def save(run: Any, out: Path) -> None:
-    """The final weights and the tokenizer beside the checkpoints, in Hugging Face form.
-
-    router.json goes first and comes last: a folder that has it is whole.
-    """
-    if run.is_world_process_zero():
-        (out / "router.json").unlink(missing_ok=True)
-        for name in weight_files(out):  # of an earlier run, perhaps in other pieces
-            (out / name).unlink()
-    run.accelerator.wait_for_everyone()
-    run.save_model(str(out))
-    if run.is_world_process_zero():
-        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
-        (out / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
-    run.accelerator.wait_for_everyone()
-
-
-def write_router(run: Any, out: Path, source: Source, tokenizer: Any, **settings: Any) -> None:
+def write_router(run: Any, out: Path, source: TrainingSet, tokenizer: Any, **settings: Any) -> None:
     """Calibrate what was trained and write router.json: rank 0, or all ranks where each holds a part of the weights."""
     from routewright.routers.llm import write_llm_router
 

@@ -13,7 +13,8 @@ import pytest
 FLOORS = {
     1: {"schema", "errors"},
     2: {"textfiles", "pool", "prompts", "outcomes", "grading", "reward", "metrics", "stats", "sets", "templates",
-        "decide", "importing", "charts", "report", "launch", "scoring", "calibration"},
+        "decide", "importing", "charts", "report", "launch", "scoring", "calibration",
+        "training_sets"},
     3: {"backends", "routers", "encoders", "checkpoints", "trainer", "tracking", "samplepool", "evaluation",
         "router_data", "tiny_deberta", "base_models", "torchrun",
         "rank_watch", "training", "language_models", "monitor", "shared_prefix", "hidden_states"},

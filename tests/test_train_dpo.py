@@ -137,6 +137,7 @@ def script_run(*words, ranks):
     (["--four_bit", "true", "--lora_r", "0", "--model_name", STRONG], "nothing to train without adapters"),
     (["--four_bit", "true", "--precision", "fp32", "--model_name", STRONG], "--four_bit computes in bf16"),
     (["--val", "x.json"], "--val belongs to --data"),
+    (["--min_margin", "-1"], "--min_margin must be 0 or more"),
     (["--trainer.beta", "1"], "use --beta"),
     (["--trainer.betas", "1"], "did you mean 'beta'"),
     (["--data", "nowhere.json", "--model_name", STRONG], "no such file"),
@@ -317,6 +318,16 @@ def test_warm_starts_that_do_not_fit_are_refused(first, pairs, cache, tmp_path, 
     rows = [{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in read(pairs.parent, pairs.name)]
     plain.write_text(json.dumps(rows))
     assert "do not say whether" in told("--warm_start", first, "--data", plain)
+
+
+def test_only_clear_pairs_are_trained_on_where_asked(pairs):
+    source = script.load_source(str(pairs), "", "", 0, script.find_start(STRONG, "", "auto", Path("x"), print), print)
+    margins = np.array([row["margin"] for row in source.train])
+    dev = len(source.dev)
+    script.keep_clear_pairs(source, .5)
+    assert 0 < len(source.train) == (margins >= .5).sum() < len(margins) and len(source.dev) == dev
+    with pytest.raises(UserError, match="lower --min_margin"):
+        script.keep_clear_pairs(source, 99.)
 
 
 def test_free_answers_train_too_but_make_no_router(pairs, tmp_path, capsys):

@@ -223,7 +223,7 @@ def test_missing_weights_exit_4_within_seconds(rows, tmp_path, capsys):
 def test_check_only_reads_everything_and_writes_nothing(rows, tmp_path, capsys):
     words = ["--data", str(rows), "--output_dir", str(tmp_path / "out"), "--check_only", "--model_name"]
     assert run(script.main, [*words, CHEAP]) == 0
-    assert "144 train and 48 validation rows, decision among cheap, strong" in capsys.readouterr().err
+    assert "144 train and 48 validation rows, decisions among cheap, strong" in capsys.readouterr().err
     bare = tmp_path / "bare"
     shutil.copytree(CHEAP, bare)
     (bare / "chat_template.jinja").unlink()
@@ -272,7 +272,7 @@ def test_plain_rows_keep_their_response(rows):
     from routewright.encoders import load_tokenizer
 
     tokenizer = load_tokenizer(STRONG)
-    source = script.Source("x", [], [])
+    source = script.TrainingSet("x", [], [])
     given = [{"instruction": "Ann has 3 nuts. " * 50, "response": "Ben has 4."},
              {"instruction": "A", "response": "B " * 99}]
     made = script.encode(tokenizer, source, given, "alpaca", 200)

@@ -1,4 +1,5 @@
-"""What every training script does the same way: its console, its tracker scalars, and the check of `--trainer.*`."""
+"""What every training script does the same way: its console, its tracker scalars, the check of `--trainer.*`, and the
+final weights beside the checkpoints."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from routewright.errors import UserError
@@ -118,3 +120,37 @@ def span(seconds: float) -> str:
 def is_score(name: str) -> bool:
     """Whether a figure of the library's logs says something about the model, not about the clock."""
     return not name.endswith(("_runtime", "_per_second", "_time", "flos"))
+
+
+def weight_files(folder: str | Path) -> list[str]:
+    """Names of the weight files of a model or adapter folder."""
+    return sorted(file.name for file in Path(folder).glob("*model*.safetensors"))
+
+
+def save_weights(run: Any, out: Path) -> None:
+    """The final weights and the tokenizer beside the checkpoints, in Hugging Face form. Every rank calls it.
+
+    router.json goes first, and whoever writes it does so last: a folder that has it is whole.
+    """
+    if run.is_world_process_zero():
+        (out / "router.json").unlink(missing_ok=True)
+        for name in weight_files(out):  # of an earlier run, perhaps in other pieces
+            (out / name).unlink()
+    run.accelerator.wait_for_everyone()
+    run.save_model(str(out))
+    if run.is_world_process_zero():
+        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
+        (out / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+    run.accelerator.wait_for_everyone()
+
+
+def is_complete(run: Any, out: Path, *files: str) -> bool:
+    """Whether a run that was finished before left all it should: the best checkpoint's weights, and these files."""
+    from routewright.checkpoints import fingerprint
+
+    best = run.state.best_model_checkpoint
+    if not (run.was_finished and best and all((out / name).is_file() for name in files)):
+        return False
+    names = weight_files(best)
+    return bool(names) and names == weight_files(out) and all(
+        fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)

@@ -193,7 +193,7 @@ def test_a_base_model_as_it_is_is_calibrated_on_the_train_split(mode, parts, tra
             (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
     router = from_entry({"kind": "llm", "name": "as it is", "model": str(tmp_path / "base"), "mode": mode,
                          "style": "bare"})
-    assert router.needs_training
+    assert router.needs_training and (router.dtype, router.max_length, router.four_bit) == ("fp32", 512, False)
     with pytest.raises(UserError, match="does not know its models yet"):
         router.estimate(parts[2].prompts)
     router.fit(parts[0], parts[1], 0)
