@@ -65,7 +65,19 @@ from routewright.reward import Reward
 from routewright.router_data import LengthGroupedOrder, PadBatch, hold_out
 from routewright.templates import Template
 from routewright.textfiles import write_json
-from routewright.training import LOG_STEPS, Say, check_trainer_names, console, is_score, make_reporter, quiet_libraries
+from routewright.training import (
+    LOG_STEPS,
+    Say,
+    check_trainer_names,
+    console,
+    is_complete,
+    is_score,
+    make_reporter,
+    quiet_libraries,
+    save_weights,
+    write_router,
+)
+from routewright.training_sets import Rows, TrainingSet, add_outcomes, read_with_twin
 
 BASE_MODEL = "Qwen/Qwen2.5-1.5B-Instruct"
 LEARNING_RATE = 5e-5
@@ -77,8 +89,6 @@ OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size"
          "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
          "bf16": "precision", "fp16": "precision", "report_to": "wandb", "max_length": "max_length", "beta": "beta",
          "loss_type": "loss"}
-
-Rows = list[dict[str, Any]]
 
 
 def main(
@@ -166,13 +176,13 @@ def main(
         reader = Reader(source, tokenizer, wrap, longest) if source.rewards is not None else None
         run = build_trainer(model, tokenizer, arguments, source, rows, reader, method=method, tracker=tracker, say=say)
         run.run(resume=resume)
-        if is_saved(run, out, source):
+        if is_complete(run, out, "dev_scores.json", *(["router.json"] if source.table is not None else [])):
             say(f"this run was finished before; its {source.product}: {out} (--resume none trains anew)")
             return
         scores = score_validation(run, reader, source)
-        save(run, out)
+        save_weights(run, out)
         if source.table is not None:
-            write_router(run, out, source, tokenizer, wrap=wrap, max_length=longest, base_model=start.name,
+            write_router(run, out, "dpo", source, tokenizer, wrap=wrap, max_length=longest, base_model=start.name,
                          four_bit=four_bit, seed=seed, say=say)
         if run.is_world_process_zero():
             report(scores, out, source, tracker, say)
@@ -291,68 +301,22 @@ def check_same_base(folder: Path, adapter: bool, model_name: str, warm_start: st
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
-@dataclass
-class Source:
-    """The pairs and the outcomes behind them.
-
-    template: None for pairs of free text. table, dev_table: the train and dev split of the cache; rewards: (N, M) of
-    the dev split, with the models of the template as columns.
-    """
-
-    name: str
-    train: Rows
-    dev: Rows
-    template: Template | None = None
-    table: Any = None
-    dev_table: Any = None
-    rewards: np.ndarray | None = None
-
-    @property
-    def words(self) -> str:
-        return f"decisions among {', '.join(self.template.models)}" if self.template else "plain answers"
-
-    @property
-    def product(self) -> str:
-        return "router" if self.table is not None else "weights"
-
-
-def load_source(data: str, val: str, cache: str, skip_bad: int, start: Start, say: Say) -> Source:
+def load_source(data: str, val: str, cache: str, skip_bad: int, start: Start, say: Say) -> TrainingSet:
     """Every pair checked before any weight is loaded; warnings go to `say`. Raises UserError naming file and row."""
     if not data:
         return pairs_of_cache(cache or "data/sample", start, say)
-    rows, card = sets.read_set(data, "dpo", skip_bad, say)
-    twin = val or (str(Path(data).parent / card["dev"]) if card and card["dev"] else "")
-    if twin and not val and not Path(twin).is_file():
-        say(f"warning: {data}: its dev set {twin} is not there; a tenth of the prompts is held out instead")
-        twin = ""
-    if twin:
-        held, held_card = sets.read_set(twin, "dpo", skip_bad, say)
-        check_apart(rows, held, data, twin)
-        if held_card and (card is None or held_card["template"] != card["template"]):
-            raise UserError(f"{twin}: these pairs were built with another template than {data}; build both in one go")
-    else:
-        rows, held = hold_out_prompts(rows)
+    rows, held, card = read_with_twin("dpo", data, val, hold_out_prompts, skip_bad, say)
     if card is None:
         say(f"WARNING: {data} has no card, so nothing says which models its answers stand for: the result will be a "
             "preference-tuned language model and no router; build pairs with build_sets.py to train one")
         if start.template:
             raise UserError(f"{data}: pairs without a card do not say whether their answers mean what those of the "
                             "warm start mean; build them with build_sets.py")
-        return Source(data, rows, held)
-    source = Source(data, rows, held, Template.from_card(card["template"], data))
+        return TrainingSet(data, rows, held)
+    source = TrainingSet(data, rows, held, Template.from_card(card["template"], data))
     check_template(source, start)
     add_outcomes(source, card, cache, say)
     return source
-
-
-def check_apart(rows: Rows, held: Rows, data: str, twin: str) -> None:
-    """Validation prompts must be new: one that was seen in training measures memory."""
-    seen = {row["prompt"]: number for number, row in enumerate(rows, 1)}
-    shared = [number for number, row in enumerate(held, 1) if row["prompt"] in seen]
-    if shared:
-        row = held[shared[0] - 1]
-        raise UserError(f"{twin}: row {shared[0]}: this prompt is also among the training pairs ({data}: row "
-                        f"{seen[row['prompt']]}), as are {len(shared) - 1} more; remove them, or leave --val empty")
 
 
 def hold_out_prompts(rows: Rows) -> tuple[Rows, Rows]:
@@ -362,7 +326,7 @@ def hold_out_prompts(rows: Rows) -> tuple[Rows, Rows]:
     return [r for r in rows if r["prompt"] not in held], [r for r in rows if r["prompt"] in held]
 
 
-def keep_clear_pairs(source: Source, min_margin: float) -> None:
+def keep_clear_pairs(source: TrainingSet, min_margin: float) -> None:
     """Leave train pairs of a smaller margin out: which of two models earns .02 more is mostly chance."""
     if min_margin:
         lacking = next((i for i, row in enumerate(source.train, 1) if "margin" not in row), None)
@@ -374,7 +338,7 @@ def keep_clear_pairs(source: Source, min_margin: float) -> None:
             raise UserError(f"{source.name}: no pair has a margin of {min_margin} or more; lower --min_margin")
 
 
-def check_template(source: Source, start: Start) -> None:
+def check_template(source: TrainingSet, start: Start) -> None:
     """A warm start must have been asked as these pairs ask, or its labels would mean other models."""
     if start.template and start.template != source.template:
         theirs, ours = start.template, source.template
@@ -384,27 +348,7 @@ def check_template(source: Source, start: Start) -> None:
                         f"{what}); build both sets with one call of build_sets.py")
 
 
-def add_outcomes(source: Source, card: dict[str, Any], cache: str, say: Say) -> None:
-    """The outcomes that calibrate the router and show what its decisions earn, divided as the pairs were."""
-    from routewright.outcomes import cache_file
-
-    try:
-        cache_file(cache or card["cache"])
-    except UserError:
-        if cache:
-            raise
-        say(f"WARNING: {source.name}: its cache {card['cache']} is not here, so the weights will be trained but no "
-            "router.json written; give --cache, now or by running the same line again")
-        return
-    table = sets.table_of_card(card, source.name, cache)
-    source.table = table.split(card["split"] or "train")
-    if "dev" in table.splits:
-        source.dev_table = table.split("dev")
-        reward = sets.reward_of_card(card, source.name)
-        source.rewards = sets.reward_table(source.dev_table, reward, card["cost_unit"], card["unit_usd"])
-
-
-def pairs_of_cache(cache: str, start: Start, say: Say) -> Source:
+def pairs_of_cache(cache: str, start: Start, say: Say) -> TrainingSet:
     """Pairs of the linear reward, best model against each other one, as build_sets.py makes them by default."""
     table = sets.table_of_cache(cache, models=start.template.models if start.template else None)
     for split in ("train", "dev"):
@@ -423,13 +367,13 @@ def pairs_of_cache(cache: str, start: Start, say: Say) -> Source:
         raise UserError(f"{cache}: its models earn the same on every prompt of a split, so there are no pairs")
     say(f"pairs of {cache}: linear reward, the best model against each other one (build_sets.py offers more)")
     dev = table.split("dev")
-    return Source(cache, parts["train"], parts["dev"], template, table.split("train"), dev,
+    return TrainingSet(cache, parts["train"], parts["dev"], template, table.split("train"), dev,
                   sets.reward_table(dev, reward, unit_usd=unit))
 
 
 # --- token ids --------------------------------------------------------------------------------------------------------
 
-def encode(tokenizer: Any, source: Source, rows: Rows, wrap: str, max_length: int) -> Rows:
+def encode(tokenizer: Any, source: TrainingSet, rows: Rows, wrap: str, max_length: int) -> Rows:
     """prompt_ids, chosen_ids and rejected_ids per pair; of a label its one token, of free text also the end token."""
     sides = ("chosen", "rejected")
     if source.template is not None:
@@ -450,7 +394,7 @@ def encode(tokenizer: Any, source: Source, rows: Rows, wrap: str, max_length: in
              "rejected_ids": texts[row["rejected"]]} for row in rows]
 
 
-def check_tokens(start: Start, source: Source, max_length: int) -> None:
+def check_tokens(start: Start, source: TrainingSet, max_length: int) -> None:
     """Whether the tokenizer has the wrap and the labels, without loading any weight."""
     from routewright.encoders import load_tokenizer
 
@@ -467,7 +411,7 @@ def probe_batch(tokenizer: Any, rows: Rows) -> dict[str, Any]:
 class Reader:
     """Reads the network's decisions on the dev prompts of the cache."""
 
-    def __init__(self, source: Source, tokenizer: Any, wrap: str, max_length: int) -> None:
+    def __init__(self, source: TrainingSet, tokenizer: Any, wrap: str, max_length: int) -> None:
         template, self.pad_id = source.template, tokenizer.pad_token_id
         prompts = [template.render(full_text(prompt)) for prompt in source.dev_table.prompts]
         self.rows = encode_instructions(tokenizer, template, wrap, prompts, max_length)
@@ -532,7 +476,7 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
 
 
-def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: Source, encoded: tuple[Rows, Rows],
+def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSet, encoded: tuple[Rows, Rows],
                   reader: Reader | None, *, method: dict[str, Any], tracker: Any, say: Say) -> Any:
     """TRL's DPOTrainer on shared prefixes, in the safety net; loss, loop, optimizer and schedule are the library's.
 
@@ -596,7 +540,7 @@ def row_name(path: str, index: int, row: dict[str, Any]) -> str:
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
-def score_validation(run: Any, reader: Reader | None, source: Source) -> dict[str, float]:
+def score_validation(run: Any, reader: Reader | None, source: TrainingSet) -> dict[str, float]:
     """Scores of the weights that were kept, on the dev pairs and prompts; `start/<name>`: the same before training."""
     rows = run.eval_dataset
     before = np.array([rows["ref_chosen_logps"], rows["ref_rejected_logps"]]).T
@@ -632,11 +576,13 @@ def dev_loss(run: Any, checkpoint: str | None) -> float:
     return next((h["eval_loss"] for h in run.state.log_history if h["step"] == step and "eval_loss" in h), float("nan"))
 
 
-def report(scores: dict[str, float], out: Path, source: Source, tracker: Any, say: Say) -> None:
+def report(scores: dict[str, float], out: Path, source: TrainingSet, tracker: Any, say: Say) -> None:
     """dev_scores.json, the tracker's summary, and what has moved."""
+    from routewright.tracking import dev_names
+
     kept = {name: round(value, 8) for name, value in scores.items() if value == value and is_score(name)}
     write_json(out / "dev_scores.json", kept)
-    tracker.summary({f"dev/{k}": v for k, v in kept.items()})
+    tracker.summary(dev_names(kept))
     moved = [f"{name} {kept['start/' + name]:.4g} -> {kept[name]:.4g}"
              for name in ("margin", "accuracy", "reward", "quality", "cost_usd") if "start/" + name in kept]
     say(f"kept epoch {kept['epoch_kept']:g}, on the validation pairs and prompts: {'  '.join(moved)}")
@@ -645,52 +591,6 @@ def report(scores: dict[str, float], out: Path, source: Source, tracker: Any, sa
         say(f"WARNING: its decisions earn {now:.4f} a prompt, those of the start {first:.4f}; keep the start, or try "
             "a lower learning rate, more pairs or a higher --beta")
     say(f"{source.product}: {out}")
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-def weight_files(folder: Path) -> list[str]:
-    return sorted(file.name for file in folder.glob("*model*.safetensors"))
-
-
-def is_saved(run: Any, out: Path, source: Source) -> bool:
-    """Whether a run that was finished before left all it should: the best checkpoint's weights, scores, a router."""
-    from routewright.checkpoints import fingerprint
-
-    best = run.state.best_model_checkpoint
-    if not (run.was_finished and best and (out / "dev_scores.json").is_file()):
-        return False
-    if source.table is not None and not (out / "router.json").is_file():
-        return False
-    names = weight_files(Path(best))
-    return bool(names) and names == weight_files(out) and all(
-        fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)
-
-
-def save(run: Any, out: Path) -> None:
-    """The final weights and the tokenizer beside the checkpoints, in Hugging Face form.
-
-    router.json goes first and comes last: a folder that has it is whole.
-    """
-    if run.is_world_process_zero():
-        (out / "router.json").unlink(missing_ok=True)
-        for name in weight_files(out):  # of an earlier run, perhaps in other pieces
-            (out / name).unlink()
-    run.accelerator.wait_for_everyone()
-    run.save_model(str(out))
-    if run.is_world_process_zero():
-        (out / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing reads it
-        (out / "README.md").unlink(missing_ok=True)  # peft's page of blanks
-    run.accelerator.wait_for_everyone()
-
-
-def write_router(run: Any, out: Path, source: Source, tokenizer: Any, **settings: Any) -> None:
-    """Calibrate what was trained and write router.json."""
-    from routewright.routers.llm import write_llm_router
-
-    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    write_llm_router(out, kind="dpo", model=model, tokenizer=tokenizer, template=source.template, train=source.table,
-                     dev=source.dev_table, **settings)
 
 
 if __name__ == "__main__":

@@ -72,6 +72,7 @@ from routewright.training import (
     make_reporter,
     quiet_libraries,
     save_weights,
+    write_router,
 )
 from routewright.training_sets import Rows, TrainingSet, add_outcomes, read_with_twin
 
@@ -174,7 +175,7 @@ def main(
         scores = score_validation(run, reader, source)
         save_weights(run, out)
         if source.table is not None:
-            write_router(run, out, source, tokenizer, wrap=wrap, max_length=longest, base_model=base.name,
+            write_router(run, out, "llm", source, tokenizer, wrap=wrap, max_length=longest, base_model=base.name,
                          four_bit=four_bit, seed=seed, say=say)
         if run.is_world_process_zero():
             report(scores, out, source, tracker, say)
@@ -294,17 +295,18 @@ def pack(rows: Rows, max_length: int) -> Rows:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 def build_model(folder: Path, lora_r: int, four_bit: bool, seed: int) -> tuple[Any, Any]:
-    """(model, tokenizer): float32 or 4-bit weights; fresh adapters where asked, else those of an adapter folder."""
+    """(model, tokenizer) with what is to be trained in float32: fresh adapters where asked, those of an adapter folder,
+    or all weights. 4-bit weights have the rest in bf16."""
     from transformers import set_seed
 
     set_seed(seed)
-    model, tokenizer = load_causal(folder, four_bit=four_bit, trainable_adapter=True)
+    model, tokenizer = load_causal(folder, four_bit=four_bit, dtype="bf16" if four_bit else "fp32",
+                                   trainable_adapter=True)
     if lora_r and not (folder / ADAPTER_CARD).is_file():
-        if four_bit:
-            from peft import prepare_model_for_kbit_training
-
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model = add_lora(model, r=lora_r, alpha=2 * lora_r, seed=seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     return model, tokenizer
 
 
@@ -326,7 +328,7 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         # Rows may hold different numbers of response tokens: each token weighs the same whatever rank it is on.
         "average_tokens_across_devices": True,
         "per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation,
-        "per_device_eval_batch_size": batch_size if packing else max(32, batch_size),
+        "per_device_eval_batch_size": batch_size if packing else max(8, batch_size),
         "num_train_epochs": epochs, "learning_rate": learning_rate, "weight_decay": 0.0, "warmup_steps": 0.1,
         "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "activation_checkpointing": torch.cuda.is_available(),
         "max_length": max_length, "packing": packing, "eval_packing": False,
@@ -504,19 +506,6 @@ def report(scores: dict[str, float], out: Path, source: TrainingSet, tracker: An
     tracker.summary(dev_names(kept))
     words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
     say(f"kept the best epoch, on the validation rows: {words}\n{source.product}: {out}")
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
-
-def write_router(run: Any, out: Path, source: TrainingSet, tokenizer: Any, **settings: Any) -> None:
-    """Calibrate what was trained and write router.json: rank 0, or all ranks where each holds a part of the weights."""
-    from routewright.routers.llm import write_llm_router
-
-    if not (run.is_world_process_zero() or run.is_deepspeed_enabled or run.is_fsdp_enabled):
-        return
-    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
-    write_llm_router(out, kind="llm", model=model, tokenizer=tokenizer, template=source.template, train=source.table,
-                     dev=source.dev_table, **settings)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ LARGEST = 7_000_000_000  # parameters of a base model; beyond, LoRA on one lapto
 ADAPTER_CARD = "adapter_config.json"
 DTYPES = ("fp32", "bf16")
 LEAST_SPARED = 0.2  # share of all tokens that must be the same start of every row before it is computed apart
-MOST_TOKENS = 32_768  # of a batch with its padding: long prompts travel in smaller batches
+MOST_TOKENS = 16_384  # of a batch with its padding: long prompts travel in smaller batches
 SAMPLE_MODEL = Path(__file__).parents[2] / "data" / "sample" / "models" / "strong"
 _SENTINEL = "\u2402prompt\u2403"  # stands for the instruction while a chat template is taken apart
 # Some templates write today's date, or leave room to think first; training and serving must read the same.
@@ -402,21 +402,30 @@ def encode_instructions(tokenizer: Any, template: Template, wrap: str, instructi
 
 
 def label_ids(tokenizer: Any, template: Template, wrap: str) -> list[int]:
-    """The token of each label, where it stands after a wrapped instruction. Raises UserError naming the tokenizer."""
+    """The token of each label, where it stands after a wrapped instruction. Raises UserError naming the tokenizer.
+
+    Where the wrap does not end in white space, a label with a space before it is what text would hold, and its token
+    is one that the model has seen: it is taken where all labels have one.
+    """
     head, tail = _affixes(wrap, tokenizer)
     texts = [head + template.render(probe) + tail for probe in (*_PROBES, *([""] if tail else []))]
-    found = []
+    for lead in ("", " ") if tail[-1:].isspace() else (" ", ""):
+        found = [_one_token(tokenizer, texts, lead + label) for label in template.labels]
+        if None not in found and len(set(found)) == len(found):
+            return found
     for label in template.labels:
-        added = [_added(*_ids(tokenizer, [text, text + label])) for text in texts]
-        if None in added or len(set(added)) > 1 or added[0] == tokenizer.unk_token_id:
+        if _one_token(tokenizer, texts, label) is None:
             raise UserError(f"{tokenizer.name_or_path}: the tokenizer does not write the answer {label!r} as one token "
                             f"of its own after the {wrap} form, so its logits cannot be read; take another base model"
                             + (", or fewer models" if template.mode == "decision" else ""))
-        found.append(added[0])
-    if len(set(found)) < len(found):
-        raise UserError(f"{tokenizer.name_or_path}: the tokenizer writes two of the answers "
-                        f"{', '.join(template.labels)} as the same token; take another base model")
-    return found
+    raise UserError(f"{tokenizer.name_or_path}: the tokenizer writes two of the answers "
+                    f"{', '.join(template.labels)} as the same token; take another base model")
+
+
+def _one_token(tokenizer: Any, texts: list[str], answer: str) -> int | None:
+    """The token that `answer` adds to each of the texts, if it is one and the same, and known."""
+    added = {_added(*_ids(tokenizer, [text, text + answer])) for text in texts}
+    return added.pop() if len(added) == 1 and not added & {None, tokenizer.unk_token_id} else None
 
 
 def _added(before: list[int], after: list[int]) -> int | None:

@@ -154,3 +154,17 @@ def is_complete(run: Any, out: Path, *files: str) -> bool:
     names = weight_files(best)
     return bool(names) and names == weight_files(out) and all(
         fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)
+
+
+def write_router(run: Any, out: Path, kind: str, source: Any, tokenizer: Any, **settings: Any) -> None:
+    """Calibrate a trained language model on the outcomes of its `TrainingSet` and write router.json.
+
+    Rank 0 does it, or all ranks together where each holds a part of the weights. Every rank may call it.
+    """
+    from routewright.routers.llm import write_llm_router
+
+    if not (run.is_world_process_zero() or run.is_deepspeed_enabled or run.is_fsdp_enabled):
+        return
+    model = run.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)
+    write_llm_router(out, kind=kind, model=model, tokenizer=tokenizer, template=source.template, train=source.table,
+                     dev=source.dev_table, **settings)

@@ -72,7 +72,7 @@ def cheap(root, tmp_path_factory):
         if kind == 0:
             return text, f"{random.integers(200)}" if hard else "12"
         if kind == 1:
-            return SELF_QUESTION.render(text), "8" if hard else "1"
+            return SELF_QUESTION.render(text), " 8" if hard else " 1"  # as `label_ids` reads it after this chat form
         return TEXT_QUESTION + text, "7" if hard else "93"
 
     for step in range(210):

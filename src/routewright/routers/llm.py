@@ -194,6 +194,11 @@ class LlmRouter(Router):
         wrap = choose_wrap(self.wrap, tokenizer)
         if self._answers is None:
             self._answers = label_ids(tokenizer, self.template, wrap)
+            known = self.card.setdefault("answer_tokens", self._answers)
+            if known != self._answers:
+                raise UserError(f"router {self.name!r}: it was trained to answer with the tokens {known} and the "
+                                f"tokenizer beside it now gives {self._answers}; put its own tokenizer there, or train "
+                                "it again")
         return prompt_logits(network, tokenizer, self.template, wrap, prompts, self.max_length, self._answers,
                              self.batch_size)
 
@@ -287,7 +292,8 @@ def write_llm_router(folder: str | Path, *, kind: str, model: Any, tokenizer: An
     Every rank may call it; rank 0 writes. Returns the router, with the network loaded.
     """
     folder = Path(folder)
-    (folder / CARD).unlink(missing_ok=True)
+    if os.environ.get("RANK", "0") == "0":
+        (folder / CARD).unlink(missing_ok=True)
     table, split = (dev, "dev") if dev is not None and dev.n else (train, "train")
     if split == "train":
         say("WARNING: calibrated on the train split, for want of a dev split; the estimates will be too sure")
@@ -304,7 +310,8 @@ def write_llm_router(folder: str | Path, *, kind: str, model: Any, tokenizer: An
     router.template, router.calibration = template, Calibration.fit(features(template, logits), quality)
     Router.bind(router, template.models, train.pool)
     router.card = {**more, **prompt_hashes(train.prompts), "cache_fingerprint": train.fingerprint, "seed": seed,
-                   "base_model": base_model, "calibrated_on": {"split": split, "prompts": table.n}}
+                   "base_model": base_model, "answer_tokens": ids,
+                   "calibrated_on": {"split": split, "prompts": table.n}}
     router._loaded, router._trained = (model, tokenizer), True
     if os.environ.get("RANK", "0") == "0":
         if (folder / ADAPTER_CARD).is_file():
