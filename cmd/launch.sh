@@ -77,7 +77,7 @@ find_devices() {
     [ "$gpus" != auto ] || gpus="$found"
     case "$gpus" in ''|*[!0-9]*) fail 2 "NUM_GPUS=$gpus is neither auto nor a number" ;; esac
     if [ "$gpus" -gt "$found" ] && ! dry; then
-        fail 4 "$gpus GPUs are asked for (PROFILE=$profile, NUM_GPUS=${NUM_GPUS:-auto}) but $found are visible; use NUM_GPUS=auto or PROFILE=cpu"
+        fail 4 "PROFILE=$profile with NUM_GPUS=${NUM_GPUS:-auto} asks for $gpus GPU(s) but $found are visible; use PROFILE=auto with NUM_GPUS=auto, or PROFILE=cpu"
     fi
     if [ "$profile" = auto ] && [ "$gpus" = 1 ]; then
         memory="$(gpu_memory)"

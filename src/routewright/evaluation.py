@@ -4,6 +4,9 @@
 are taken as trained, the others are fitted on the train split of the cache (again for every seed). All of them see the
 same prompts and are scored in replay: no model is called.
 
+Dev is where routers stop training, are calibrated and have their setting chosen, so what they score there flatters
+them. Test is seen by none of this: a router folder says which prompts made it, and one that met test prompts is refused.
+
 Files of the output folder. Byte-identical when run twice: samples.csv, results_<router>.json, comparison.json,
 leaderboard.md, decisions.parquet (unless a router has `gpu_usd_per_hour`, which turns measured seconds into dollars).
 Holding dates or measured seconds: provenance.json, timing.json, report.html.
@@ -126,13 +129,22 @@ def _check_numbers(n_settings: int, n_resamples: int, level: float, cost_weight:
 # ---------------------------------------------------------------- which routers
 
 _ALIASES = {"router_type": "kind", "type": "kind", "router_model_path": "path", "model_path": "path"}
+# CoBench's names for what are options of one kind here.
+_COBENCH_KINDS = {"logits_margin": ("logit_score", {"score": "margin"}),
+                  "max_logits": ("logit_score", {"score": "max_logit"}),
+                  **{name: ("logit_score", {"score": name})
+                     for name in ("top10_variance", "entropy", "confidence_margin")}}
+# Kinds that can read with a language model as it is, and the option that names it.
+ON_A_BASE = {"llm": "model", "dpo": "model", "probe": "base", "self_questioning": "base", "logit_score": "base",
+             "semantic_entropy": "base"}
 
 
 def read_entries(file: str | Path) -> list[Entry]:
     """The routers of a YAML file. Raises UserError naming the file and the entry.
 
     `kind` may be written router_type and `path` router_model_path or model_path, as CoBench's files do. A file
-    that describes one router at the top level, without a `routers` list, is read too.
+    that describes one router at the top level, without a `routers` list, is read too. Its names of logit scores are
+    kinds too, and a `path` that is a language model, not a router folder, is the base model of the kinds that take one.
     """
     raw = read_yaml(file)
     if "routers" not in raw and any(key in raw for key in ("kind", "path", *_ALIASES)):
@@ -172,6 +184,13 @@ def _entry(given: Any, where: str) -> Entry:
         if name in options:
             raise UserError(f"{where}: {key!r} and another key both give `{name}`; keep one")
         options[name] = value
+    if options.get("kind") in _COBENCH_KINDS:
+        own, fixed = _COBENCH_KINDS[options["kind"]]
+        options = {"name": options["kind"], **options, "kind": own}
+        for name, value in fixed.items():
+            if options.setdefault(name, value) != value:
+                raise UserError(f"{where}: {given_kind(given)!r} means {name} {value!r} and {name} is {options[name]!r}; "
+                                "keep one")
     kind, path = options.get("kind"), options.get("path")
     if kind is None and path is None:
         raise UserError(f"{where}: needs `kind` (one of {', '.join(ROUTER_KINDS)}) or `path` (a router folder); "
@@ -184,12 +203,28 @@ def _entry(given: Any, where: str) -> Entry:
             options["path"] = path = expand(str(path))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if "{seed}" not in path:
+        if _is_base(kind, path):
+            option = ON_A_BASE[kind]
+            if options.get(option):
+                raise UserError(f"{where}: path {path!r} is a language model, and so is {option} {options[option]!r}; "
+                                "keep one")
+            options[option], path = options.pop("path"), None
+        elif "{seed}" not in path:
             _need_folder(path, where)
     name = str(options.get("name") or (Path(path).name if path else kind))
     if not re.fullmatch(r"[\w .,:+=()@-]{1,80}", name):
         raise UserError(f"{where}: the name {name!r} must be up to 80 letters, digits, blanks or _ - . , : + = ( ) @")
     return Entry(where, name, options)
+
+
+def _is_base(kind: Any, path: str) -> bool:
+    """Whether a path names the language model that a router of this kind reads with: its folder, or a hub id."""
+    folder = Path(path)
+    if kind not in ON_A_BASE or (folder / "router.json").is_file():
+        return False
+    if folder.is_dir():
+        return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    return bool(re.fullmatch(r"[\w.-]+/[\w.-]+", path)) and not folder.parent.is_dir()
 
 
 def _need_folder(path: str, where: str) -> None:
@@ -231,7 +266,7 @@ def _make(entry: Entry, seed: int) -> Any:
     options = {**own.options, "name": entry.name}
     kind, path = options.pop("kind", None), options.get("path")
     try:
-        if path and (kind is None or (Path(path) / CARD).is_file()):
+        if path and (kind is None or kind in ON_A_BASE or (Path(path) / CARD).is_file()):
             router = load_router(options.pop("path"), **options)
             if kind is not None and router.kind != kind:
                 raise UserError(f"{path}: holds a router of kind {router.kind!r}, not {kind!r}")
@@ -323,9 +358,9 @@ def _check_views(table: OutcomeTable, views: Sequence[View], notes: list[str]) -
 
 def _check_trained(table: OutcomeTable, views: Sequence[View], recorded: int | None, made: Sequence[tuple[Entry, Any]],
                    allow: bool) -> list[dict[str, Any]]:
-    """Refuse routers that were trained on test prompts, or note the overlap where that was allowed.
+    """Refuse routers that were made with test prompts, or note the overlap where that was allowed.
 
-    A folder keeps hashes of its normalised training prompts, so equal prompts are found and merely similar ones are
+    A router that is fitted here was too, where the language model or encoder it reads with is a router folder. A folder keeps hashes of its normalised training prompts, so equal prompts are found and merely similar ones are
     not; within one cache those share a group, which no division tears apart.
     """
     found: list[dict[str, Any]] = []
@@ -335,25 +370,45 @@ def _check_trained(table: OutcomeTable, views: Sequence[View], recorded: int | N
         else:
             pairs = [(views[recorded], router)] if entry.path else []
         for view, loaded in pairs:
-            found += [said for said in _overlap(table, view, entry, loaded, allow) if said not in found]
+            found += [said for said in _overlap(table, view, entry, loaded.card, allow) if said not in found]
+        for folder in () if entry.path else _read_with(entry):
+            card = {"train_prompts": sorted(prompts_behind(folder))}
+            for view in (view for i, view in enumerate(views) if i != recorded or len(views) == 1):
+                found += [said for said in _overlap(table, view, entry, card, allow) if said not in found]
     return found
 
 
-def _overlap(table: OutcomeTable, view: View, entry: Entry, router: Any, allow: bool) -> list[dict[str, Any]]:
+def _read_with(entry: Entry) -> list[Path]:
+    """The folders that training left, of this project, which a router that is fitted here reads prompts with."""
+    from routewright.routers.base import expand
+
+    encoder = entry.options.get("encoder")
+    named = [entry.options.get("base"), entry.options.get("model"),
+             encoder.get("name") if isinstance(encoder, Mapping) else encoder]
+    folders = [Path(expand(name)) for name in named if name and isinstance(name, str)]
+    return [f for f in folders if any((f / mark).is_file() for mark in ("router.json", "config.resolved.yaml"))]
+
+
+def _overlap(table: OutcomeTable, view: View, entry: Entry, card: Mapping[str, Any],
+             allow: bool) -> list[dict[str, Any]]:
     """What the report says of a router and the view it is scored on; nothing where they share no prompt."""
     from routewright.prompts import text_hash
 
-    trained = set(router.card.get("train_prompts") or ())
+    trained = set(card.get("train_prompts") or ())
     if not trained:
         return [{"router": entry.name, "prompts": None,
                  "note": "its folder does not say what it was trained on, so an overlap cannot be ruled out"}]
-    shared = [i for i in view.test if text_hash(table.prompts[i].prompt) in trained]
+    hashes = {i: text_hash(table.prompts[i].prompt) for i in view.test}
+    shared, how = [i for i in view.test if hashes[i] in trained], "trained on"
+    if not shared:
+        chosen = set(card.get("dev_prompts") or ())
+        shared, how = [i for i in view.test if hashes[i] in chosen], "calibrated or stopped (its dev split) on"
     if not shared:
         return []
-    said = (f"router {entry.name!r} was trained on {len(shared)} of the {len(view.test)} test prompts of {view.name} "
+    said = (f"router {entry.name!r} was {how} {len(shared)} of the {len(view.test)} test prompts of {view.name} "
             f"(first: {table.prompts[shared[0]].prompt_id!r})")
     if not allow:
-        raise UserError(f"{entry.where}: {said}, so its scores would be memory; train it on the train split, or "
+        raise UserError(f"{entry.where}: {said}, so its scores would flatter it; train it on the train split, or "
                         "say --allow_overlap true and the report will say so")
     return [{"router": entry.name, "prompts": len(shared), "note": f"{said}; its scores are inflated"}]
 
@@ -396,13 +451,14 @@ def _estimate_all(table: OutcomeTable, views: Sequence[View], recorded: int | No
 
 
 def _bind(router: Any, table: OutcomeTable, entry: Entry) -> None:
-    """A loaded router keeps its own models; a bare checkpoint takes over the cache's."""
+    """A loaded router keeps its own models, at the prices of this evaluation; a bare checkpoint takes over both."""
     if not router.models:
         router.bind(table.models, table.pool)
     missing = [name for name in router.models if name not in table.models]
     if missing:
         raise UserError(f"{entry.where}: router {entry.name!r} knows model {missing[0]!r}, which the cache does not "
                         f"hold (it holds {', '.join(table.models)}); evaluate it on a cache of its own pool")
+    router.pool = table.pool.subset(router.models)
 
 
 def _estimates(router: Any, table: OutcomeTable, dev: OutcomeTable, test: OutcomeTable,
