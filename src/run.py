@@ -3,13 +3,15 @@
     python src/run.py --router_type trained_deberta --router_model_path data/runs/deberta
     python src/run.py --router_type probe --router_model_path data/runs/probe
     python src/run.py --router_type self_questioning --router_model_path data/sample/models/cheap
+    python src/run.py --router_type llm --router_model_path Qwen/Qwen2.5-0.5B-Instruct     # untrained, calibrated
     python src/run.py --router_type logit_score --router.score entropy
     python src/run.py --config configs/routers/one.yaml        # with router_type and router_model_path in it
 
 `router_type` is a kind of this project or one of CoBench's names (logits_margin, max_logits, top10_variance, entropy,
-confidence_margin). `router_model_path` is a router folder; for the types that read prompts with a base model (probe,
-self_questioning, the logit scores, semantic_entropy) it may be the folder or hub id of that model, and the rest is
-fitted on the train split. What such a router was is kept as router.yaml in the output folder.
+confidence_margin). `router_model_path` is a router folder; for the types that read prompts with a language model (llm,
+dpo, probe, self_questioning, the logit scores, semantic_entropy) it may be the folder or hub id of that model, and the
+rest is fitted on the train split. evaluate.py takes both flags the same way, and so do `kind` and `path` in a routers
+file. A router with further options is kept as router.yaml in the output folder.
 """
 
 from __future__ import annotations
@@ -18,13 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from routewright.errors import UserError
-from routewright.evaluation import evaluate
+from routewright.evaluation import check_entry, evaluate
 from routewright.launch import launch
-
-# CoBench's names for what are options of one kind here.
-ALIASES = {"logits_margin": ("logit_score", {"score": "margin"}), "max_logits": ("logit_score", {"score": "max_logit"}),
-           **{name: ("logit_score", {"score": name}) for name in ("top10_variance", "entropy", "confidence_margin")}}
-ON_A_BASE = ("probe", "self_questioning", "logit_score", "semantic_entropy")
 
 
 def main(
@@ -45,44 +42,28 @@ def main(
     # Output
     wandb: Literal["auto", "online", "offline", "off"] = "auto",  # auto: online with a key, else offline
 ) -> None:
-    entry = router_entry(router_type, router_model_path, router or {})
-    named = {"router_type": entry["kind"], "router_model_path": entry.get("path")}
-    if set(entry) - {"kind", "path"}:
-        named = {"routers": write_entry(entry, Path(output_dir))}
+    named = {"router_type": router_type, "router_model_path": router_model_path}
+    if router:
+        named = {"routers": write_entry(router_type, router_model_path, router, Path(output_dir))}
     evaluate(**named, cache=cache, output_dir=output_dir, pool=pool, seeds=seeds, cost_weight=cost_weight,
              n_resamples=n_resamples, allow_overlap=allow_overlap, wandb=wandb)
 
 
-def router_entry(kind: str, path: str | None, options: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a routers file that these flags stand for. Raises UserError for an option given twice."""
-    own, fixed = ALIASES.get(kind, (kind, {}))
-    for name in ("kind", "path", "name", *fixed):
-        if name in options:
-            raise UserError(f"--router.{name}: " + (f"router_type {kind!r} says it already" if name in fixed else
-                                                    "give it as --router_type or --router_model_path"))
-    entry = {"kind": own, **fixed, **options}
-    if kind != own:
-        entry["name"] = kind
-    if path is None:
-        return entry
-    folder = Path(path)
-    if own in ON_A_BASE and not (folder / "router.json").is_file() and (
-            not folder.is_dir() or (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()):
-        if folder.exists() or path.count("/") == 1:  # a model's folder, or a hub id
-            return {**entry, "base": path}
-    return {**entry, "path": path}
+def write_entry(kind: str, path: str | None, options: dict[str, Any], folder: Path) -> str:
+    """router.yaml in the output folder: what was scored, as evaluate.py --routers reads it.
 
-
-def write_entry(entry: dict[str, Any], folder: Path) -> str:
-    """router.yaml in the output folder: what was scored, as evaluate.py --routers reads it."""
+    Raises UserError for a wrong option, and then leaves no file behind.
+    """
     import yaml
 
-    from routewright.routers import from_entry
     from routewright.textfiles import write_atomic
 
-    if "path" not in entry:
-        from_entry(entry, "--router")  # a wrong option leaves no file behind
-    text = yaml.safe_dump({"routers": [{"name": entry["kind"], **entry}]}, sort_keys=False, allow_unicode=True)
+    for name in ("kind", "path", "name"):
+        if name in options:
+            raise UserError(f"--router.{name}: give it as --router_type or --router_model_path")
+    given = {"kind": kind, **({"path": path} if path else {}), **options}
+    check_entry(given, "--router_type, --router_model_path, --router")
+    text = yaml.safe_dump({"routers": [given]}, sort_keys=False, allow_unicode=True)
     return str(write_atomic(folder / "router.yaml", text))
 
 

@@ -22,7 +22,7 @@ from routewright.evaluation import _warnings, evaluate, make_views, read_entries
 from routewright.outcomes import OutcomeTable, write_outcomes
 from routewright.prompts import seed_splits
 from routewright.reward import Reward
-from routewright.routers.base import make_router
+from routewright.routers.base import make_router, prompt_hashes
 from routewright.scoring import (
     Board,
     Contestant,
@@ -36,6 +36,7 @@ from routewright.scoring import (
     line_quality,
     sweep_settings,
 )
+from routewright.textfiles import write_json
 
 SAME_BYTES = ("samples.csv", "comparison.json", "leaderboard.md", "decisions.parquet", "results_linear.json",
               "results_length.json", "results_task-table.json")
@@ -169,6 +170,27 @@ def test_a_router_that_saw_the_test_prompts_is_refused_or_reported(cache, traine
     assert results["overlaps"][0]["prompts"] == results["views"][0]["test"]
     for name in ("leaderboard.md", "report.html"):
         assert "its scores are inflated" in (tmp_path / "out" / name).read_text()
+
+
+def test_a_router_that_was_calibrated_or_stopped_on_test_prompts_is_refused(cache, tmp_path):
+    """Its train split is clean; what it calls dev is what is scored here."""
+    table = OutcomeTable.load(cache)
+    make_router("linear", name="tuned").fit(table.split("train"), table.split("test"), 0).save(tmp_path / "tuned")
+    with pytest.raises(UserError, match=r"was calibrated or stopped \(its dev split\) on .* of the .* test prompts"):
+        evaluate(cache=str(cache), router_type="linear", router_model_path=str(tmp_path / "tuned"),
+                 output_dir=str(tmp_path / "out"), **QUICK)
+
+
+@pytest.mark.parametrize(("kind", "option"), [("llm", "model"), ("probe", "base"), ("semantic_entropy", "base")])
+def test_a_router_fitted_over_a_network_that_saw_the_test_prompts_is_refused(cache, tmp_path, kind, option):
+    """Its own fit would be clean; what it reads with is not. Nothing is loaded for that."""
+    table = OutcomeTable.load(cache)
+    write_json(tmp_path / "sft" / "router.json", {"kind": "llm", "models": list(table.models),
+                                                  **prompt_hashes(table.prompts)})
+    routers = write_routers(tmp_path / "r.yaml", {"kind": kind, option: str(tmp_path / "sft")})
+    for seeds in (1, 2):
+        with pytest.raises(UserError, match=rf"router '{kind}' was trained on .* test prompts.*--allow_overlap"):
+            evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=seeds, **QUICK)
 
 
 def test_run_and_evaluate_are_one_evaluation(root, cache, trained, tmp_path):

@@ -11,7 +11,7 @@ from planted import make_table
 
 from routewright import hidden_states
 from routewright.errors import MissingSetup, UserError
-from routewright.hidden_states import StateReader, base_shape, batches, cheap_model, encode, open_base
+from routewright.hidden_states import StateReader, base_shape, cheap_model, encode, open_base
 from routewright.pool import Pool
 from routewright.schema import ModelSpec
 
@@ -98,13 +98,6 @@ def test_empty_and_broken_texts_have_states(base):
     assert StateReader(base, cache=False).read([]).shape[0] == 0
 
 
-def test_batches_hold_like_lengths_and_bounded_tokens():
-    lengths = [5, 900, 7, 1000, 6, 3]
-    found = list(batches(lengths, 2))
-    assert sorted(i for b in found for i in b) == list(range(6)) and found[0] == [3, 1] and found[-1] == [0, 5]
-    assert max(len(b) for b in batches([8000] * 9, 64)) == 4  # 32,768 tokens
-
-
 # ---------------------------------------------------------------- the cache
 
 def test_states_are_read_once_and_keep_what_they_cost(base, texts, tmp_path):
@@ -182,6 +175,35 @@ def test_other_weights_are_another_reading(base, texts, tmp_path):
     hidden_states._OPEN.clear()
     changed = StateReader(str(copy), cache=tmp_path / "cache")
     assert np.abs(changed.read(texts[:2]) - before).max() > 1e-3 and changed.fresh == 2
+
+
+def test_another_chat_template_is_another_reading(base, texts, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    template = copy / "chat_template.jinja"
+    assert template.is_file()
+    for wrap, fresh in (("chat", 2), ("none", 0)):
+        StateReader(str(copy), cache=tmp_path / "cache", wrap=wrap).read(texts[:2])
+        before = template.read_text()
+        template.write_text("{{ 'Answer: ' }}" + before)
+        hidden_states._OPEN.clear()
+        changed = StateReader(str(copy), cache=tmp_path / "cache", wrap=wrap)
+        changed.read(texts[:2])
+        assert changed.fresh == fresh
+        template.write_text(before)
+
+
+def test_an_adapter_over_changed_weights_is_another_reading(base, texts, tmp_path):
+    from routewright.language_models import add_lora, load_causal
+
+    copy = tmp_path / "copy"
+    shutil.copytree(base, copy)
+    add_lora(load_causal(copy)[0], r=2).save_pretrained(tmp_path / "adapter")
+    first = StateReader(str(tmp_path / "adapter"), cache=tmp_path / "cache")
+    states = first.read(texts[:2])
+    shutil.copytree(base.replace("cheap", "mid"), copy, dirs_exist_ok=True)
+    assert StateReader(str(tmp_path / "adapter"), cache=tmp_path / "cache").weights != first.weights
+    assert np.abs(states - StateReader(str(base), cache=False).read(texts[:2])).max() < 1e-4  # a fresh adapter is none
 
 
 def test_memory_holds_batches_not_all_tokens(base):

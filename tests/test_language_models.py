@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import subprocess
@@ -387,6 +388,18 @@ def test_labels_are_one_token_each_where_they_stand(wrap, sample_tokenizer, load
     assert [loaded[1].decode([i]) for i in lm.label_ids(loaded[1], ten, wrap)] == list("ABCDEFGHIJ")
 
 
+def test_a_label_is_the_token_that_text_holds_in_its_place(sample_tokenizer):
+    """After `<assistant>` a text goes on with " 1", a token that models have met; after a line's end with "1"."""
+    bare, spaced = (sample_tokenizer.convert_tokens_to_ids([lead + label for label in BARE.labels]) for lead in
+                    ("", " "))
+    assert sample_tokenizer.unk_token_id not in (*bare, *spaced) and bare != spaced
+    assert lm.label_ids(sample_tokenizer, BARE, "chat") == spaced
+    assert lm.label_ids(sample_tokenizer, BARE, "alpaca") == bare  # its form ends a line
+    sample_tokenizer = copy.deepcopy(sample_tokenizer)
+    sample_tokenizer.chat_template = "{{ messages[0]['content'] }}<assistant>\n"
+    assert lm.label_ids(sample_tokenizer, BARE, "chat") == bare
+
+
 def test_a_tokenizer_without_the_labels_is_named(tmp_path):
     tokenizer = load_tokenizer(words_tokenizer(tmp_path, labels=False))
     with pytest.raises(UserError, match=rf"{tmp_path}: the tokenizer does not write the answer '1' as one token"):
@@ -450,7 +463,8 @@ def test_the_head_is_computed_for_the_last_position_only(loaded):
 def test_long_rows_travel_in_smaller_batches(loaded, monkeypatch):
     monkeypatch.setattr(lm, "MOST_TOKENS", 100)
     lengths = [90, 40, 40, 30, 5, 5]
-    assert list(lm._batches(list(range(6)), lengths, 4)) == [[0], [1, 2], [3, 4, 5]]
+    assert list(lm.batches(lengths, 4)) == [[0], [1, 2], [3, 4, 5]]
+    assert list(lm.batches([5, 30, 7], 4)) == [[1, 2, 0]]
 
 
 def test_the_model_is_left_as_it_was(base):
@@ -500,6 +514,18 @@ def test_features_of_both_modes():
 
 
 # ---------------------------------------------------------------- light imports
+
+@pytest.mark.parametrize("shared", [0, 70])
+def test_bf16_logits_hardly_depend_on_the_company(shared, tmp_path):
+    """With the shared start and in padded batches; bf16 has eight bits, so the logits of a row agree to a few of them."""
+    model, _ = lm.load_causal(tiny_causal(tmp_path), dtype="bf16")
+    start = np.random.default_rng(5).integers(7, 50, size=shared).tolist()
+    rows, ids = [start + row for row in some_rows(30, seed=2)], [30, 31, 32]
+    alone = direct(model, rows, ids)
+    spread = alone.std()
+    for batch_size in (1, 8, 30):
+        assert np.abs(lm.label_logits(model, rows, ids, batch_size) - alone).max() < 0.05 * max(spread, 1)
+
 
 def test_importing_is_light(root):
     heavy = "torch transformers peft bitsandbytes trl sklearn pandas scipy datasets wandb safetensors".split()

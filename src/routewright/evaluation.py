@@ -5,7 +5,8 @@ are taken as trained, the others are fitted on the train split of the cache (aga
 same prompts and are scored in replay: no model is called.
 
 Dev is where routers stop training, are calibrated and have their setting chosen, so what they score there flatters
-them. Test is seen by none of this: a router folder says which prompts made it, and one that met test prompts is refused.
+them. Test plays no part in any of it: a router folder says which prompts made it, and one that met test prompts is
+refused.
 
 Files of the output folder. Byte-identical when run twice: samples.csv, results_<router>.json, comparison.json,
 leaderboard.md, decisions.parquet (unless a router has `gpu_usd_per_hour`, which turns measured seconds into dollars).
@@ -173,6 +174,13 @@ def entry_from_flags(router_type: str | None, router_model_path: str | None) -> 
     return _entry({k: v for k, v in options.items() if v}, "--router_type, --router_model_path")
 
 
+def check_entry(given: Mapping[str, Any], where: str) -> None:
+    """Raise UserError where the routers file with this entry would be refused."""
+    entry = _entry(given, where)
+    if not entry.per_seed:
+        _make(entry, 0)
+
+
 def _entry(given: Any, where: str) -> Entry:
     from routewright.routers.base import ROUTER_KINDS, expand
 
@@ -184,13 +192,13 @@ def _entry(given: Any, where: str) -> Entry:
         if name in options:
             raise UserError(f"{where}: {key!r} and another key both give `{name}`; keep one")
         options[name] = value
-    if options.get("kind") in _COBENCH_KINDS:
-        own, fixed = _COBENCH_KINDS[options["kind"]]
-        options = {"name": options["kind"], **options, "kind": own}
-        for name, value in fixed.items():
-            if options.setdefault(name, value) != value:
-                raise UserError(f"{where}: {given_kind(given)!r} means {name} {value!r} and {name} is {options[name]!r}; "
-                                "keep one")
+    theirs = options.get("kind")
+    if theirs in _COBENCH_KINDS:
+        kind, fixed = _COBENCH_KINDS[theirs]
+        for name in fixed:
+            if name in options:
+                raise UserError(f"{where}: {name}: the kind {theirs!r} says it already; leave it away")
+        options = {"name": theirs, **options, "kind": kind, **fixed}
     kind, path = options.get("kind"), options.get("path")
     if kind is None and path is None:
         raise UserError(f"{where}: needs `kind` (one of {', '.join(ROUTER_KINDS)}) or `path` (a router folder); "
@@ -360,9 +368,12 @@ def _check_trained(table: OutcomeTable, views: Sequence[View], recorded: int | N
                    allow: bool) -> list[dict[str, Any]]:
     """Refuse routers that were made with test prompts, or note the overlap where that was allowed.
 
-    A router that is fitted here was too, where the language model or encoder it reads with is a router folder. A folder keeps hashes of its normalised training prompts, so equal prompts are found and merely similar ones are
-    not; within one cache those share a group, which no division tears apart.
+    A router that is fitted here was too, where the language model or encoder it reads with is a router folder. A folder
+    keeps hashes of its normalised prompts, so equal ones are found and merely similar ones are not; within one cache
+    those share a group, which no division tears apart.
     """
+    from routewright.routers.base import prompts_behind
+
     found: list[dict[str, Any]] = []
     for entry, router in made:
         if entry.per_seed:

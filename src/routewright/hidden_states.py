@@ -17,13 +17,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from routewright.errors import MissingSetup, UserError
+from routewright.language_models import ADAPTER_CARD, adapter_base, batches, find_folder
 from routewright.templates import WRAPS, Template
 from routewright.textfiles import write_atomic
 
@@ -62,18 +63,8 @@ def _portable(path: Path) -> str:
     return path.as_posix()
 
 
-def find_base(name: str) -> Path:
-    """The weights folder of a base model: as written, from the repository's root, or in the hub's cache."""
-    from routewright.encoders import find_weights
-
-    here = _REPOSITORY / name
-    return here if not Path(name).is_dir() and not Path(name).is_absolute() and here.is_dir() else find_weights(name)
-
-
 def base_shape(folder: Path) -> tuple[int, int]:
     """(layers with the embeddings, hidden size) from the config of a weights or adapter folder; nothing is loaded."""
-    from routewright.language_models import ADAPTER_CARD, adapter_base
-
     folder = adapter_base(folder) if (folder / ADAPTER_CARD).is_file() else folder
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -122,12 +113,21 @@ def find_wrap(asked: str, folder: Path) -> str:
         raise UserError(f"wrap must be one of auto, {', '.join(WRAPS)}; got {asked!r}")
     if asked != "auto":
         return asked
-    from routewright.language_models import ADAPTER_CARD, adapter_base
-
     folder = adapter_base(folder) if (folder / ADAPTER_CARD).is_file() else folder
     config = folder / "tokenizer_config.json"
     inside = config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8", errors="replace")
     return "chat" if inside or (folder / "chat_template.jinja").is_file() else "none"
+
+
+def _chat_form(folder: Path) -> str:
+    """A mark of the chat template where it lies in a file of its own, which the mark of the weights passes over."""
+    folder = adapter_base(folder) if (folder / ADAPTER_CARD).is_file() else folder
+    file = folder / "chat_template.jinja"
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else ""
+
+
+def _mark(*parts: str) -> str:
+    return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- reading with a cache
@@ -154,13 +154,17 @@ class PromptReader:
         from routewright.encoders import weights_identity
 
         self.base, self.max_length, self.batch_size = base, max_length, batch_size
-        self.folder = find_base(base)
+        self.folder = find_folder(base)
         self.wrap = find_wrap(wrap, self.folder)
         self.precision = choose_precision(precision)
         self.weights = weights_identity(self.folder)
+        if (self.folder / ADAPTER_CARD).is_file():  # other weights below an adapter read otherwise
+            self.weights = _mark(self.weights, weights_identity(adapter_base(self.folder)))
         self.seconds_per_text = self.spent_per_text = 0.0
         self.fresh = 0
         options = "-".join(str(part) for part in (self.wrap, max_length, self.precision, *self._more()))
+        if self.wrap == "chat":
+            options += _chat_form(self.folder)
         mark = hashlib.sha256(f"{self.what} {options}".encode()).hexdigest()[:12]
         self._cache = _BlockCache(cache_folder(cache), f"{self.what}-{self.weights}-{mark}")
 
@@ -230,22 +234,7 @@ def encode(tokenizer: Any, texts: Sequence[str], wrap: str, max_length: int) -> 
 
     bare = Template("difficulty", ("base",), "bare")
     # One more than may be: a place is kept for an answer, which nobody gives here.
-    rows = encode_instructions(tokenizer, bare, choose_wrap(wrap, tokenizer), list(texts), max_length + 1)
-    ends = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
-    nothing = next(token for token in ends if token is not None)
-    return [row or [nothing] for row in rows]
-
-
-def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of batches of like length, the longest first; long prompts travel in smaller batches."""
-    from routewright.language_models import MOST_TOKENS
-
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        count = max(1, min(batch_size, MOST_TOKENS // max(1, lengths[order[start]])))
-        yield order[start:start + count]
-        start += count
+    return encode_instructions(tokenizer, bare, choose_wrap(wrap, tokenizer), list(texts), max_length + 1)
 
 
 class StateReader(PromptReader):

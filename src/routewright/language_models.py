@@ -38,7 +38,8 @@ ADAPTER_CARD = "adapter_config.json"
 DTYPES = ("fp32", "bf16")
 LEAST_SPARED = 0.2  # share of all tokens that must be the same start of every row before it is computed apart
 MOST_TOKENS = 16_384  # of a batch with its padding: long prompts travel in smaller batches
-SAMPLE_MODEL = Path(__file__).parents[2] / "data" / "sample" / "models" / "strong"
+_REPOSITORY = Path(__file__).resolve().parents[2]
+SAMPLE_MODEL = _REPOSITORY / "data" / "sample" / "models" / "strong"
 _SENTINEL = "\u2402prompt\u2403"  # stands for the instruction while a chat template is taken apart
 # Some templates write today's date, or leave room to think first; training and serving must read the same.
 _CHAT_SETTINGS = {"date_string": "01 Jan 2025", "enable_thinking": False}
@@ -63,6 +64,17 @@ def find_causal(name: str, say: Say, default: str) -> Base:
         say(f"WARNING: {error}.\nWARNING: going on with {SAMPLE_MODEL.name!r} of the sample pool, a model of half a "
             f"million parameters that knows sums and little else; it is no match for {default}")
         return Base(str(SAMPLE_MODEL), SAMPLE_MODEL)
+
+
+def find_folder(name: str | Path) -> Path:
+    """The weights folder of a name in router.json: as written, from the repository's root, or in the hub's cache.
+
+    Raises MissingSetup with the download command when it is none of these.
+    """
+    from routewright.encoders import find_weights
+
+    here = _REPOSITORY / name
+    return here if not Path(name).is_dir() and not Path(name).is_absolute() and here.is_dir() else find_weights(name)
 
 
 def count_parameters(folder: str | Path) -> int:
@@ -127,9 +139,9 @@ def load_causal(folder: str | Path, *, four_bit: bool = False, dtype: str = "fp3
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype must be {' or '.join(DTYPES)}; got {dtype!r}")
-    from routewright.encoders import find_weights, load_tokenizer
+    from routewright.encoders import load_tokenizer
 
-    folder = find_weights(folder)
+    folder = find_folder(folder)
     if (folder / ADAPTER_CARD).is_file():
         return _load_adapter(folder, four_bit, dtype, trainable_adapter)
     _check_has_weights(folder)
@@ -146,8 +158,6 @@ def load_causal(folder: str | Path, *, four_bit: bool = False, dtype: str = "fp3
 
 def adapter_base(folder: str | Path) -> Path:
     """The folder of the base model that an adapter belongs to: found on this machine, never downloaded."""
-    from routewright.encoders import find_weights
-
     folder = Path(folder)
     name = _read_json(folder / ADAPTER_CARD).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -157,7 +167,7 @@ def adapter_base(folder: str | Path) -> Path:
     for candidate in (name, other):
         if candidate and candidate != str(folder):
             try:
-                return find_weights(candidate)
+                return find_folder(candidate)
             except MissingSetup:
                 continue
     hub = other if isinstance(other, str) and other.count("/") == 1 else name
@@ -507,13 +517,12 @@ def label_logits(model: Any, rows: Sequence[Sequence[int]], ids: Sequence[int], 
     import torch
 
     network = model.module if hasattr(model, "module") and not _is_fsdp(model) else model
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     logits = np.empty((len(rows), len(ids)))
     with _evaluating(network), torch.no_grad():
         device = next(network.parameters()).device
         columns = torch.tensor(list(ids), device=device)
         start = _SharedStart(network, rows, device)
-        for index in _batches(order, [len(row) for row in rows], batch_size):
+        for index in batches([len(row) for row in rows], batch_size):
             batch = _pad_left([rows[i][start.length:] for i in index], pad_id, start.length)
             out = start.forward({name: tensor.to(device) for name, tensor in batch.items()})
             logits[index] = out.index_select(1, columns).float().cpu().numpy()
@@ -529,7 +538,9 @@ def features(template: Template, logits: np.ndarray) -> np.ndarray:
     return logs - logs.mean(axis=1, keepdims=True)
 
 
-def _batches(order: list[int], lengths: list[int], batch_size: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of batches of like length, the longest first; long rows travel in smaller batches."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):
         count = max(1, min(batch_size, MOST_TOKENS // max(1, lengths[order[start]])))

@@ -127,7 +127,10 @@ class SafetyNet:
         self._micro_batches = 0
         self._batch_shape: tuple[int, ...] = ()
         self._began = time.time()
+        gpus = _take_one_gpu(kwargs.get("args"))
         super().__init__(*args, **kwargs)
+        if gpus > 1:
+            self._say(f"this process trains on one of {gpus} GPUs; torchrun, as ./cmd/run_train_*.sh start it, uses all")
         if self.is_deepspeed_enabled:  # two lines a step, of DeepSpeed's own calls
             warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning,
                                     module="torch.distributed")
@@ -608,6 +611,17 @@ class SafetyNet:
         staged.parent.rmdir()
         best = self.state.best_model_checkpoint
         ck.rotate(final.parent, self.args.save_total_limit, protect=[final, *([best] if best else [])])
+
+
+def _take_one_gpu(args: Any) -> int:
+    """The GPUs that the Trainer would spread one process over, by nn.DataParallel; it is told to take one of them.
+
+    Else the encoders' batch would grow with the machine, and TRL's trainers stop.
+    """
+    gpus = args.n_gpu if args is not None else 0
+    if gpus > 1:
+        args._n_gpu = 1
+    return gpus
 
 
 def _loss_counts_items(model: Any) -> bool:

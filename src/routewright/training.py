@@ -1,12 +1,13 @@
-"""What every training script does the same way: its console, its tracker scalars, the check of `--trainer.*`, and the
-final weights beside the checkpoints."""
+"""What every training script does the same way: its console, its tracker scalars, the check of `--trainer.*`, which
+checkpoints stay, and the final weights beside them."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ def check_trainer_names(extra: dict[str, Any], owned: Mapping[str, str],
     import importlib
     from dataclasses import fields
 
+    quiet_libraries()
     module, _, cls = arguments.partition(":")
     known = {f.name: f for f in fields(getattr(importlib.import_module(module), cls)) if f.init}
     for name, value in extra.items():
@@ -43,11 +45,59 @@ def check_trainer_names(extra: dict[str, Any], owned: Mapping[str, str],
             raise UserError(f"--trainer.{name}: this script sets it; use --{owned[name]}")
         if name not in known:
             raise UserError(f"--trainer.{name}: {module}.{cls} has no such setting{nearest(name, known)}")
+        if value is False and name.endswith("_strategy"):  # a bare `no` is false in YAML
+            extra[name] = value = "no"
         default = known[name].default
         number = isinstance(value, (int, float))
         if type(default) in (bool, int, float) and (not number or isinstance(default, bool) != isinstance(value, bool)):
             raise UserError(f"--trainer.{name}: {value!r} is no {type(default).__name__} (its default is {default!r})")
     return extra
+
+
+def best_by(extra: Mapping[str, Any], measured: Collection[str]) -> dict[str, Any]:
+    """The settings that say which checkpoint is best: by `--trainer.metric_for_best_model`, else the first of
+    `measured`; a loss should be low, everything else high. Raises UserError for a name that is not measured."""
+    name = str(extra.get("metric_for_best_model") or next(iter(measured))).removeprefix("eval_")
+    if name not in measured:
+        raise UserError(f"--trainer.metric_for_best_model {name}: this run measures {', '.join(measured)}"
+                        f"{nearest(name, measured)}")
+    return {"metric_for_best_model": name, "greater_is_better": extra.get("greater_is_better", name != "loss")}
+
+
+def own_settings(arguments: Any, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the settings in `--trainer.*` those that only a library's own trainer knows, such as a label smoothing: they
+    shape the loss, so a run is resumed with the same ones only."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    common = {f.name for f in fields(TrainingArguments)}
+    return {name: getattr(arguments, name) for name in extra if name not in common}
+
+
+@contextmanager
+def told_as_user_errors(extra: Mapping[str, Any]) -> Iterator[None]:
+    """While a library's trainer is made: what it refuses of the settings in `--trainer.*`, as UserError."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        if not extra or isinstance(error, UserError):
+            raise
+        given = ", ".join(f"--trainer.{name}" for name in extra)
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"the library's trainer refuses these settings ({given}): {told}") from None
+
+
+@contextmanager
+def unrounded(model: Any) -> Iterator[None]:
+    """While TRL makes a trainer: it rounds what is trained over 4-bit weights to bf16, where a step of 5e-5 on a weight
+    of .02 is lost; afterwards it is as it came."""
+    packed = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+    came = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and packed}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in came:
+            parameter.data = came[name].to(parameter.device)
 
 
 def quiet_libraries() -> None:
@@ -110,6 +160,37 @@ def make_reporter(tracker: Any, say: Say, on_epoch: Callable[[int], None] | None
     return Reporter()
 
 
+def last_epochs() -> Any:
+    """A callback that names each epoch's checkpoint and keeps the newest `save_total_limit` and the best; the rest is
+    deleted."""
+    from routewright import checkpoints as ck
+    from routewright.trainer import EpochNames
+
+    class LastEpochs(EpochNames):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_save(args, state, control, **kwargs)
+            if args.should_save and args.save_total_limit:
+                self.drop_older(Path(args.output_dir), state.best_model_checkpoint, args.save_total_limit)
+
+        def drop_older(self, folder: Path, best: str | None, newest: int) -> None:
+            keep = {path.name for _, path in ck.checkpoints(folder)[-newest:]} | ({Path(best).name} if best else set())
+            for name, target in ck.epoch_names(folder).items():
+                if target.name not in keep:  # its name would keep the checkpoint
+                    (folder / name).unlink(missing_ok=True)
+                    (folder / f"{name}.json").unlink(missing_ok=True)
+            ck.rotate(folder, len(keep), protect=keep)
+
+    return LastEpochs()
+
+
+def kept_checkpoint(run: Any) -> Path:
+    """The checkpoint whose weights a run ends with: the best, or the last for `--trainer.load_best_model_at_end false`.
+    It need not be there."""
+    if run.args.load_best_model_at_end and run.state.best_model_checkpoint:
+        return Path(run.state.best_model_checkpoint)
+    return Path(run.args.output_dir) / f"checkpoint-{run.state.global_step}"
+
+
 def span(seconds: float) -> str:
     """A length of time as a person says it."""
     if seconds < 120:
@@ -145,15 +226,15 @@ def save_weights(run: Any, out: Path) -> None:
 
 
 def is_complete(run: Any, out: Path, *files: str) -> bool:
-    """Whether a run that was finished before left all it should: the best checkpoint's weights, and these files."""
+    """Whether a run that was finished before left all it should: the weights it had chosen, and these files."""
     from routewright.checkpoints import fingerprint
 
-    best = run.state.best_model_checkpoint
-    if not (run.was_finished and best and all((out / name).is_file() for name in files)):
+    kept = kept_checkpoint(run)
+    if not (run.was_finished and all((out / name).is_file() for name in files)):
         return False
-    names = weight_files(best)
+    names = weight_files(kept)
     return bool(names) and names == weight_files(out) and all(
-        fingerprint(out / name) == fingerprint(Path(best) / name) for name in names)
+        fingerprint(out / name) == fingerprint(kept / name) for name in names)
 
 
 def write_router(run: Any, out: Path, kind: str, source: Any, tokenizer: Any, **settings: Any) -> None:

@@ -6,6 +6,7 @@ dev twin and which outcome cache the rows came from. Everything is checked here,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_with_twin(kind: str, data: str, val: str, hold_out: Callable[[Rows], tu
     """
     what = _KINDS[kind][1]
     rows, card = sets.read_set(data, kind, skip_bad, say)
-    twin = val or (str(Path(data).parent / card["dev"]) if card and card["dev"] else "")
+    twin = val or (str(Path(data).parent / str(card["dev"])) if card and card.get("dev") else "")
     if twin and not val and not Path(twin).is_file():
         say(f"warning: {data}: its dev set {twin} is not there; a part of the {what} is held out instead")
         twin = ""
@@ -78,6 +79,10 @@ def read_with_twin(kind: str, data: str, val: str, hold_out: Callable[[Rows], tu
     _check_apart(kind, rows, held, data, twin)
     if held_card and (card is None or held_card["template"] != card["template"]):
         raise UserError(f"{twin}: these {what} were built with another template than {data}; build both in one go")
+    if card and not held_card:  # then nothing has compared its answers with the template
+        template = Template.from_card(card["template"], data)
+        for number, row in enumerate(held, 1):
+            sets.check_row(row, f"{twin}: row {number}", kind, template)
     return rows, held, card
 
 
@@ -95,10 +100,13 @@ def _check_apart(kind: str, rows: Rows, held: Rows, data: str, twin: str) -> Non
 def add_outcomes(source: TrainingSet, card: dict[str, Any], cache: str, say: Say) -> None:
     """Fill in the outcomes that calibrate the router and show what its decisions earn, divided as the rows were.
 
-    cache: another place than the card's. Where the card's is not on this machine, a warning says what is lost.
+    cache: another place than the card's. Where the card's is not on this machine, a warning says what is lost. Columns
+    are the template's models in its order, whatever the card lists. Raises UserError for a damaged card, and for rows
+    of another split than train: a router is calibrated on dev, and what was trained on would be too sure of itself.
     """
     from routewright.outcomes import cache_file
 
+    _check_card(source.name, card)
     try:
         cache_file(cache or card["cache"])
     except UserError:
@@ -107,9 +115,24 @@ def add_outcomes(source: TrainingSet, card: dict[str, Any], cache: str, say: Say
         say(f"WARNING: {source.name}: its cache {card['cache']} is not here, so the weights will be trained but no "
             "router.json written; give --cache, now or by running the same line again")
         return
-    table = sets.table_of_card(card, source.name, cache)
-    source.table = table.split(card["split"] or "train")
+    table = sets.table_of_card({**card, "models": list(source.template.models)}, source.name, cache)
+    source.table = table.split("train")
     source.reward, source.unit_usd = sets.reward_of_card(card, source.name), card["unit_usd"]
     if "dev" in table.splits:
         source.dev_table = table.split("dev")
         source.rewards = sets.reward_table(source.dev_table, source.reward, card["cost_unit"], card["unit_usd"])
+
+
+def _check_card(where: str, card: dict[str, Any]) -> None:
+    """What `add_outcomes` needs of a card. Raises UserError."""
+    cure = "build the set again with build_sets.py"
+    missing = [name for name in ("cache", "split", "cost_unit", "unit_usd") if name not in card]
+    if missing:
+        raise UserError(f"{where}: `{missing[0]}` is missing from its card, so the outcomes behind the rows are not "
+                        f"known; {cure}")
+    if (card["split"] or "train") != "train":
+        raise UserError(f"{where}: these are rows of split {card['split']}, which calibrates the router or tests it; "
+                        "train on the rows of split train")
+    unit = card["unit_usd"]
+    if isinstance(unit, bool) or not isinstance(unit, (int, float)) or not 0 < unit < math.inf:
+        raise UserError(f"{where}: unit_usd of its card must be a number above 0; got {unit!r}; {cure}")

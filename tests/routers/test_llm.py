@@ -143,9 +143,29 @@ def test_router_json_names_what_evaluation_needs(parts, trained, base):
     assert card["calibrated_on"] == {"split": "dev", "prompts": parts[1].n}
     assert card["base_weights"] == weights_hash(base)
     assert text_hash(parts[0].prompts[0].prompt) in card["train_prompts"]
-    assert text_hash(parts[2].prompts[0].prompt) not in card["train_prompts"]
+    assert text_hash(parts[2].prompts[0].prompt) not in card["train_prompts"] + card["dev_prompts"]
+    assert text_hash(parts[1].prompts[0].prompt) in card["dev_prompts"]
     assert "path" not in card["options"] and "_loaded" not in card["options"]
     assert [m["name"] for m in card["pool"]["models"]] == ["cheap", "strong"]
+
+
+@pytest.mark.parametrize("how", ["base_model", "warm_start"])
+def test_prompts_that_an_earlier_router_met_count_as_met(how, parts, base, trained, tmp_path):
+    """Else a warm start from another division of the prompts would carry test prompts in unseen."""
+    before = trained("whole").folder
+    named = {"base_model": "hub/name"} | {how: str(before)}
+    network, tokenizer = load_causal(base)
+    network.save_pretrained(tmp_path)
+    fresh = parts[2].rows(range(20)), parts[2].rows(range(20, 40))  # another division: its test prompts come last
+    router = write_llm_router(
+        tmp_path, kind="dpo", model=network, tokenizer=tokenizer, wrap="chat", max_length=64, four_bit=False, seed=0,
+        template=Template("decision", ("cheap", "strong"), "bare"), train=fresh[0], dev=fresh[1], say=print, **named)
+    met = set(router.card["train_prompts"])
+    for table in (parts[0], parts[1], fresh[0]):
+        assert {text_hash(p.prompt) for p in table.prompts} <= met
+    assert router.card["dev_prompts"] == sorted(text_hash(p.prompt) for p in fresh[1].prompts)
+    again = make_router("llm", model=str(before), mode="decision", style="bare").fit(fresh[0], fresh[1])
+    assert {text_hash(p.prompt) for p in parts[0].prompts} <= set(again.card["train_prompts"])
 
 
 def test_a_dpo_router_is_its_own_kind(parts, trained):
@@ -280,6 +300,25 @@ def test_a_trained_router_cannot_be_asked_in_another_way(trained):
     assert from_entry({"kind": "llm", "path": str(folder)}).models == ("cheap", "strong")
 
 
+def test_a_tokenizer_that_answers_with_other_tokens_is_refused(parts, trained, tmp_path):
+    """Two digits change places: everything else still fits, and every decision would be turned round."""
+    folder = load_router(trained("whole").folder).save(tmp_path / "r")
+    text = (folder / "tokenizer.json").read_text()
+    words = json.loads(text)
+    vocabulary = words["model"]["vocab"]
+    answers = json.loads((folder / "router.json").read_text())["answer_tokens"]
+    assert answers == [vocabulary["1"], vocabulary["2"]]
+    vocabulary["1"], vocabulary["2"] = vocabulary["2"], vocabulary["1"]
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    with pytest.raises(UserError, match=rf"with the tokens \[{answers[0]}, {answers[1]}\] and the tokenizer beside it "
+                                        rf"now gives \[{answers[1]}, {answers[0]}\]"):
+        load_router(folder).estimate(parts[2].prompts[:2])
+    (folder / "tokenizer.json").write_text(text)
+    assert load_router(folder).estimate(parts[2].prompts[:2]).shape == (2, 2)
+    edit_json(folder / "router.json", answer_tokens=None)  # a folder from before they were written down
+    assert load_router(folder).estimate(parts[2].prompts[:2]).shape == (2, 2)
+
+
 def test_missing_base_models_are_named(parts, trained, tmp_path):
     with pytest.raises(MissingSetup, match="hf download no-such/model"):
         make_router("llm", model="no-such/model").fit(parts[0])
@@ -295,6 +334,36 @@ def test_a_base_that_moved_is_found_by_the_name_in_router_json(parts, trained, b
     edit_json(folder / "router.json", base_model=str(base))
     expected = trained("adapter").router.estimate(parts[2].prompts[:5])
     assert same(load_router(folder).estimate(parts[2].prompts[:5]), expected)
+
+
+def test_a_base_is_found_from_any_working_folder(root, parts, tmp_path, monkeypatch):
+    """A folder that was made in the repository's root names its base from there."""
+    network, tokenizer = load_causal(root / "data" / "sample" / "models" / "cheap")
+    network = add_lora(network, r=2)
+    network.save_pretrained(tmp_path / "r")
+    edit_json(tmp_path / "r" / "adapter_config.json", base_model_name_or_path="data/sample/models/cheap")
+    monkeypatch.chdir(tmp_path)
+    router = write_llm_router(
+        tmp_path / "r", kind="llm", model=network, tokenizer=tokenizer, wrap="chat", max_length=64, four_bit=False,
+        template=Template("decision", ("cheap", "strong"), "bare"), base_model="data/sample/models/cheap",
+        train=parts[0], dev=parts[1], seed=0, say=print)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    expected = router.estimate(parts[2].prompts[:5])
+    assert same(load_router(tmp_path / "r").estimate(parts[2].prompts[:5]), expected)
+    fitted = make_router("llm", model="data/sample/models/cheap", style="bare").fit(parts[0].rows(range(40)))
+    assert same(load_router(fitted.save("saved")).estimate(parts[2].prompts[:5]), fitted.estimate(parts[2].prompts[:5]))
+
+
+def test_a_router_folder_can_be_read_only(parts, trained, tmp_path):
+    folder = load_router(trained("adapter").folder).save(tmp_path / "r")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    folder.chmod(0o555)
+    try:
+        assert load_router(folder).estimate(parts[2].prompts[:3]).shape == (3, 2)
+    finally:
+        folder.chmod(0o755)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
 def test_an_adapter_over_another_base_is_refused(parts, trained, tmp_path):

@@ -169,6 +169,43 @@ def test_overhead_counts_the_generated_tokens_at_the_pools_prices(name, cheap, c
     assert not foreign.overhead(test.prompts)[0].any()
 
 
+def test_a_folder_pays_the_prices_of_the_evaluation(cheap, cache, parts, tmp_path):
+    """`evaluate --pool newer.yaml` re-prices what the router itself spends too, not the answers alone."""
+    from routewright.evaluation import Entry, _bind
+
+    train, dev, test = parts
+    pool = replace(train.pool, models=tuple(replace(m, path=str(cheap)) if m.name == "cheap" else m
+                                            for m in train.pool.models))
+    made("semantic_entropy", cheap, cache).fit(replace(train, pool=pool), dev, 0).save(tmp_path / "router")
+    spent = []
+    for factor in (1, 3):
+        router = load_router(tmp_path / "router")
+        newer = replace(pool, models=tuple(replace(m, price_input=m.price_input * factor, price_output=m.price_output *
+                                                   factor) for m in pool.models))
+        _bind(router, replace(test, pool=newer), Entry("here", "mine", {}))
+        spent.append(router.overhead(test.prompts)[0])
+    assert spent[0].min() > 0 and np.allclose(spent[1], 3 * spent[0])
+
+
+def test_readings_of_another_question_are_not_taken(cheap, cache, parts, tmp_path, monkeypatch):
+    """A change of the question, or of how answers are read, leaves cached readings behind."""
+    from routewright.routers import scores
+
+    for name, what in (("self text", "TEXT_QUESTION"), ("self logits", "_READING"), ("semantic_entropy", "ALIKE")):
+        before = made(name, cheap, str(tmp_path))
+        before.scores(parts[2].prompts[:3])
+        assert before.reader.fresh == 3
+        again = made(name, cheap, str(tmp_path))
+        again.scores(parts[2].prompts[:3])
+        assert again.reader.fresh == 0
+        with monkeypatch.context() as changed:
+            old = getattr(scores, what)
+            changed.setattr(scores, what, "Easy? " + old if isinstance(old, str) else old * 1.25)
+            other = made(name, cheap, str(tmp_path))
+            other.scores(parts[2].prompts[:3])
+            assert other.reader.fresh == 3, name
+
+
 # ---------------------------------------------------------------- the parser
 
 @pytest.mark.parametrize(("answer", "ease"), [
@@ -264,6 +301,8 @@ def test_a_prompt_beyond_the_context_scores_zero(cheap, cache, parts):
     ("semantic_entropy", {"samples": 1}, "samples must be 2 or more"),
     ("semantic_entropy", {"temperature": 0.0}, "temperature must be 0.01 or more"),
     ("logit_score", {"wrap": "raw"}, "wrap must be one of auto"),
+    ("semantic_entropy", {"wrap": "none"}, "in its chat form where it has one; leave wrap 'none' away"),
+    ("self_questioning", {"wrap": "alpaca", "form": "text"}, "leave wrap 'alpaca' away"),
     ("logit_score", {"precision": "fp8"}, "precision must be one of"),
 ])
 def test_wrong_options_are_named(kind, options, said):

@@ -58,7 +58,8 @@ ROUTER_KINDS: dict[str, str] = {  # kind -> module:class, imported on use so tha
     "logit_score": "scores:LogitScoreRouter",
     "semantic_entropy": "scores:SemanticEntropyRouter",
 }
-_CARD_TYPES = {"kind": str, "name": str, "options": dict, "decision": dict, "pool": dict, "train_prompts": list}
+_CARD_TYPES = {"kind": str, "name": str, "options": dict, "decision": dict, "pool": dict, "train_prompts": list,
+               "dev_prompts": list}
 _PROBE_PROMPTS = 64  # how many prompts are timed when overhead is asked for before any estimate
 _VERSIONED = ("numpy", "scipy", "scikit-learn", "torch", "transformers", "sentence-transformers")
 
@@ -106,7 +107,7 @@ class Router:
         self.bind(train.models, train.pool)
         self.card = {"cache_fingerprint": train.fingerprint, "seed": seed}
         if self.needs_training:
-            self.card |= prompt_hashes(train.prompts)
+            self.card |= prompt_hashes(train.prompts, dev.prompts if dev is not None else ())
         self._fit(train, dev, seed)
         return self
 
@@ -363,15 +364,28 @@ def write_card(folder: str | Path, *, kind: str, name: str, models: Sequence[str
         "options": dict(options or {}), "decision": dict(decision or {}), "created_with": versions()})
 
 
-def prompt_hashes(prompts: Iterable[Prompt]) -> dict[str, Any]:
-    """What router.json keeps of the train prompts: enough to find an overlap, too little to read them."""
+def prompt_hashes(prompts: Iterable[Prompt], dev: Iterable[Prompt] = ()) -> dict[str, Any]:
+    """What router.json keeps of the train prompts, and of the dev prompts that calibrated or stopped it: enough to find
+    an overlap, too little to read them."""
     from routewright.prompts import prompts_hash, text_hash
 
     prompts = list(prompts)
     ids = "\n".join(sorted(p.prompt_id for p in prompts))
     return {"train_prompts_hash": prompts_hash(prompts),
             "train_prompt_ids_hash": hashlib.sha256(ids.encode()).hexdigest(),
-            "train_prompts": sorted({text_hash(p.prompt) for p in prompts})}
+            "train_prompts": sorted({text_hash(p.prompt) for p in prompts}),
+            **({"dev_prompts": sorted({text_hash(p.prompt) for p in dev})} if dev else {})}
+
+
+def prompts_behind(folder: str | Path) -> set[str]:
+    """Hashes of all prompts that made the network in a router folder; none of a folder without router.json.
+
+    Who reads prompts with such a network, or trains it further, has met these prompts too.
+    """
+    if not (Path(folder) / CARD).is_file():
+        return set()
+    card = read_card(folder)
+    return {*(card.get("train_prompts") or ()), *(card.get("dev_prompts") or ())}
 
 
 def pool_card(pool: Pool | None) -> dict[str, Any] | None:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from routewright.calibration import Calibration
-from routewright.encoders import find_weights
 from routewright.errors import UserError
 from routewright.language_models import (
     ADAPTER_CARD,
@@ -28,6 +27,7 @@ from routewright.language_models import (
     choose_wrap,
     encode_instructions,
     features,
+    find_folder,
     label_ids,
     label_logits,
     load_causal,
@@ -41,6 +41,7 @@ from routewright.routers.base import (
     pool_from_card,
     prompt_hashes,
     prompt_text,
+    prompts_behind,
     read_card,
 )
 from routewright.schema import Prompt
@@ -174,7 +175,9 @@ class LlmRouter(Router):
         self.template = Template.of_pool(train.pool, train.models, self.mode, self.style, self.about)
         self._answers = None
         self.card |= {"base_model": self.model or self.path, "calibrated_on": {"split": "train", "prompts": train.n},
-                      "base_weights": weights_hash(find_weights(self._network_folder()))}
+                      "base_weights": weights_hash(self._network_folder())}
+        met = prompts_behind(self._network_folder())
+        self.card["train_prompts"] = sorted({*self.card["train_prompts"], *met})
         self.calibration = Calibration.fit(features(self.template, self._logits(train.prompts)), train.quality_mean)
 
     def _estimate(self, prompts: Sequence[Prompt]) -> np.ndarray:
@@ -204,15 +207,15 @@ class LlmRouter(Router):
 
     def _load(self) -> tuple[Any, Any]:
         if self._loaded is None:
-            folder = find_weights(self._network_folder())
+            folder = self._network_folder()
             if not (folder / ADAPTER_CARD).is_file() and self.card.get("base_weights"):
                 check_weights(folder, self.card["base_weights"], f"router {self.name!r}")
             self._loaded = load_causal(folder, four_bit=self.four_bit, dtype=self.dtype)
         return self._loaded
 
-    def _network_folder(self) -> str:
+    def _network_folder(self) -> Path:
         holds = self.path and any((Path(self.path) / name).is_file() for name in (ADAPTER_CARD, "config.json"))
-        return self.path if holds or not self.model else self.model
+        return find_folder(self.path if holds or not self.model else self.model)
 
     # ------------------------------------------------------------ the folder
 
@@ -288,7 +291,8 @@ def write_llm_router(folder: str | Path, *, kind: str, model: Any, tokenizer: An
     """Calibrate a trained network and make its folder a router folder; router.json is written last.
 
     The weights (whole, or an adapter) lie in `folder` already; `model` is the same network in memory. It is calibrated
-    on `dev`, and on `train` where there is none, which makes it too sure of itself. `more` goes into router.json.
+    on `dev`, and on `train` where there is none, which makes it too sure of itself. `more` goes into router.json;
+    where training began with another router folder (`base_model`, or `warm_start` in `more`), its prompts count as met.
     Every rank may call it; rank 0 writes. Returns the router, with the network loaded.
     """
     folder = Path(folder)
@@ -309,9 +313,11 @@ def write_llm_router(folder: str | Path, *, kind: str, model: Any, tokenizer: An
     quality = table.quality_mean[:, [table.models.index(name) for name in template.models]]
     router.template, router.calibration = template, Calibration.fit(features(template, logits), quality)
     Router.bind(router, template.models, train.pool)
-    router.card = {**more, **prompt_hashes(train.prompts), "cache_fingerprint": train.fingerprint, "seed": seed,
-                   "base_model": base_model, "answer_tokens": ids,
-                   "calibrated_on": {"split": split, "prompts": table.n}}
+    router.card = {**more, **prompt_hashes(train.prompts, dev.prompts if dev is not None else ()),
+                   "cache_fingerprint": train.fingerprint, "seed": seed, "base_model": base_model,
+                   "answer_tokens": ids, "calibrated_on": {"split": split, "prompts": table.n}}
+    router.card["train_prompts"] = sorted({*router.card["train_prompts"], *prompts_behind(base_model),
+                                           *prompts_behind(more.get("warm_start") or base_model)})
     router._loaded, router._trained = (model, tokenizer), True
     if os.environ.get("RANK", "0") == "0":
         if (folder / ADAPTER_CARD).is_file():

@@ -31,9 +31,9 @@ from routewright.hidden_states import (
     StateReader,
     base_shape,
     cheap_model,
-    find_base,
 )
-from routewright.routers.base import CARD, Router, prompt_text, shaped
+from routewright.language_models import find_folder
+from routewright.routers.base import CARD, Router, prompt_text, prompts_behind, shaped
 from routewright.schema import Prompt
 from routewright.templates import WRAPS
 from routewright.textfiles import nearest
@@ -111,14 +111,17 @@ class BaseModelRouter(Router):
         if not self.base or (self.pool and self.pool[self.pool.by_price()[0]].path):
             member, path = cheap_model(self.pool)
         self.base = self.base or path
-        folder = find_base(self.base)
+        folder = find_folder(self.base)
         try:
-            same = bool(path) and find_base(path).resolve() == folder.resolve()
+            same = bool(path) and find_folder(path).resolve() == folder.resolve()
         except MissingSetup:  # the pool's own weights are not needed where another base is named
             same = False
         layers, width = base_shape(folder)
         self.card["base"] = {"model": member if same else "", "layers": layers, "width": width,
                              "weights": self.reader.weights}
+        met = prompts_behind(folder)
+        if met:
+            self.card["train_prompts"] = sorted({*self.card.get("train_prompts", ()), *met})
 
     @property
     def member(self) -> str:
@@ -133,7 +136,7 @@ class BaseModelRouter(Router):
         stored = self.card.get("base")
         if not isinstance(stored, dict) or not {"layers", "width", "weights"} <= set(stored):
             raise UserError(f"{folder / CARD}: `base` is damaged; train or fetch the router again")
-        layers, width = base_shape(find_base(self.base))
+        layers, width = base_shape(find_folder(self.base))
         if (layers, width) != (stored["layers"], stored["width"]):
             raise UserError(f"{folder}: it was fitted on a base model with {stored['layers']} layers of states of size "
                             f"{stored['width']} (embeddings included), and {self.base} has {layers} of size {width}; "

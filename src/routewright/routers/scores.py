@@ -27,6 +27,7 @@ import numpy as np
 from routewright.backends.base import Sampling
 from routewright.backends.local import LocalBackend
 from routewright.calibration import Calibration
+from routewright.errors import UserError
 from routewright.hidden_states import PromptReader
 from routewright.routers.probe import BaseModelRouter
 from routewright.schema import ModelSpec, Outcome, Prompt, TokenUsage
@@ -40,6 +41,7 @@ CHANCE = 0.52  # AUROC up to which a score is said to know nothing
 UNPARSABLE = 0.5  # the score of an answer that names no number
 ALIKE = 0.7  # SequenceMatcher ratio above which two answers mean the same, CoBench's
 _LOGIT_SCALE = 10.0  # logits of language models lie within a few tens
+_READING = 2  # of how answers and levels are read; raised with a change of it, so that older cached readings are left
 _PRIVATE = "base"  # the base model's name inside its own backend
 
 log = logging.getLogger(__name__)
@@ -111,6 +113,11 @@ class ScoreRouter(BaseModelRouter):
             return usd, seconds
         return usd + np.array([self.pool.cost(self.member, usage) for usage in usages]), seconds
 
+    def _check_asked_as_ever(self) -> None:
+        if self.wrap != "auto":
+            raise UserError(f"router {self.name!r}: its answers are asked for as all answers of the base model are, in "
+                            f"its chat form where it has one; leave wrap {self.wrap!r} away")
+
     def _usages(self, prompts: Sequence[Prompt]) -> list[TokenUsage] | None:
         """Tokens of the answers that the score took, per prompt; None where nothing is generated."""
         return None
@@ -127,7 +134,8 @@ class ScoreRouter(BaseModelRouter):
 
 
 class _AnswerReader(PromptReader):
-    """Reads what the base model writes, through the local backend: its answers are those of any other call."""
+    """Reads what the base model writes, through the local backend: its answers are those of any other call, asked in
+    its chat form where it has one. So no other wrap is possible."""
 
     def _encode(self, tokenizer: Any, model: Any, texts: list[str]) -> list[list[int]]:
         return [tokenizer(text)["input_ids"] for text in texts]  # for their lengths alone
@@ -183,6 +191,9 @@ def parse_ease(answer: str) -> float | None:
 class _LevelReader(PromptReader):
     what = "self-levels"
 
+    def _more(self) -> tuple[Any, ...]:
+        return _READING, SELF_QUESTION.question
+
     def _encode(self, tokenizer: Any, model: Any, texts: list[str]) -> list[list[int]]:
         from routewright.language_models import choose_wrap, encode_instructions
 
@@ -201,6 +212,9 @@ class _EaseReader(_AnswerReader):
     """(N, 4): the score, whether a number was found, input tokens, output tokens."""
 
     what = "self-text"
+
+    def _more(self) -> tuple[Any, ...]:
+        return _READING, TEXT_QUESTION, UNPARSABLE
 
     def _compute(self, model: Any, tokenizer: Any, texts: list[str], rows: list[list[int]]) -> np.ndarray:
         answers = self._ask(model, tokenizer, [TEXT_QUESTION + text for text in texts], Sampling(max_new_tokens=10))
@@ -228,6 +242,8 @@ class SelfQuestioningRouter(ScoreRouter):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_choice("form", ("logits", "text"))
+        if self.form == "text":
+            self._check_asked_as_ever()
 
     def _make_reader(self, **options: Any) -> PromptReader:
         return (_LevelReader if self.form == "logits" else _EaseReader)(**options)
@@ -374,7 +390,7 @@ class _AgreementReader(_AnswerReader):
         super().__init__(base, **options)
 
     def _more(self) -> tuple[Any, ...]:
-        return self.samples, self.temperature, self.max_new_tokens
+        return _READING, self.samples, self.temperature, self.max_new_tokens, ALIKE
 
     def _compute(self, model: Any, tokenizer: Any, texts: list[str], rows: list[list[int]]) -> np.ndarray:
         sampling = Sampling(temperature=self.temperature, max_new_tokens=self.max_new_tokens)
@@ -407,6 +423,7 @@ class SemanticEntropyRouter(ScoreRouter):
         self._check_least("samples", 2)
         self._check_least("max_new_tokens", 1)
         self._check_least("temperature", 0.01)
+        self._check_asked_as_ever()
 
     def _make_reader(self, **options: Any) -> PromptReader:
         return _AgreementReader(samples=self.samples, temperature=self.temperature,
