@@ -68,13 +68,18 @@ from routewright.textfiles import write_json
 from routewright.training import (
     LOG_STEPS,
     Say,
+    best_by,
     check_trainer_names,
     console,
     is_complete,
     is_score,
+    kept_checkpoint,
+    last_epochs,
     make_reporter,
+    own_settings,
     quiet_libraries,
     save_weights,
+    told_as_user_errors,
     write_router,
 )
 from routewright.training_sets import Rows, TrainingSet, add_outcomes, read_with_twin
@@ -168,13 +173,15 @@ def main(
     method = {"pairs": source.words, "base_model": start.name, "warm_start": warm_start, "max_length": longest,
               "wrap": wrap, "four_bit": four_bit, "lora_r": lora_r, "lora_alpha": lora_alpha,
               "lora_dropout": lora_dropout, "min_margin": min_margin, "beta": beta, "loss": loss, "bf16": bf16,
-              "patience": patience}
+              "patience": patience, **own_settings(arguments, extra)}
 
     with tracking.start("routewright", f"train_dpo-{out.name}", out,
                         {**method, "learning_rate": learning_rate, "epochs": epochs, "rows": len(rows[0])},
                         mode="auto" if wandb else "off", job_type="train") as tracker:
         reader = Reader(source, tokenizer, wrap, longest) if source.rewards is not None else None
-        run = build_trainer(model, tokenizer, arguments, source, rows, reader, method=method, tracker=tracker, say=say)
+        with told_as_user_errors(extra):
+            run = build_trainer(model, tokenizer, arguments, source, rows, reader, method=method, tracker=tracker,
+                                say=say)
         run.run(resume=resume)
         if is_complete(run, out, "dev_scores.json", *(["router.json"] if source.table is not None else [])):
             say(f"this run was finished before; its {source.product}: {out} (--resume none trains anew)")
@@ -212,7 +219,21 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     if given["global_batch_size"] % whole:
         raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
                         f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
-    return check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:DPOConfig")
+    extra = check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:DPOConfig")
+    check_smoothing(given["loss"], extra.get("label_smoothing", 0.0))
+    return extra
+
+
+def check_smoothing(loss: str, smoothing: float) -> None:
+    """`--trainer.label_smoothing`, the share of pairs that are taken to be the wrong way round. Raises UserError."""
+    if loss in ("ipo", "hinge") and smoothing:
+        raise UserError(f"--trainer.label_smoothing: --loss {loss} does not read it; sigmoid and robust do")
+    if not 0 <= smoothing < 0.5:
+        raise UserError("--trainer.label_smoothing, the share of pairs taken to be the wrong way round, must be from 0 "
+                        f"to below 0.5; got {smoothing}")
+    if loss == "robust" and not smoothing:
+        raise UserError("--loss robust without --trainer.label_smoothing is --loss sigmoid; add the share of pairs "
+                        "that may be the wrong way round, such as 0.1")
 
 
 def on_gpu() -> bool:
@@ -339,7 +360,11 @@ def keep_clear_pairs(source: TrainingSet, min_margin: float) -> None:
 
 
 def check_template(source: TrainingSet, start: Start) -> None:
-    """A warm start must have been asked as these pairs ask, or its labels would mean other models."""
+    """Labels must be decisions, and a warm start must have been asked as these pairs ask, or its own would mean other
+    models."""
+    if source.template.mode != "decision":
+        raise UserError(f"{source.name}: the labels of its card are levels of difficulty, and pairs hold decisions; "
+                        "build the set again with build_sets.py --mode decision")
     if start.template and start.template != source.template:
         theirs, ours = start.template, source.template
         what = (f"models {', '.join(theirs.models)}" if theirs.models != ours.models else f"style {theirs.style}"
@@ -355,8 +380,9 @@ def pairs_of_cache(cache: str, start: Start, say: Say) -> TrainingSet:
         if split not in table.splits:
             raise UserError(f"{cache}: no prompt is in split {split}; divide it with build_sets.py --split_seed 0 and "
                             "give its pairs as --data")
-    style = "bare" if start.small else "full"
-    template = start.template or Template.of_pool(table.pool, table.models, "decision", style)
+    style = start.template.style if start.template else "bare" if start.small else "full"
+    template = Template.of_pool(table.pool, table.models, "decision", style)
+    check_template(TrainingSet(cache, [], [], template), start)
     reward, parts = Reward.named("linear"), {}
     unit = sets.cost_unit_of(table.split("train"))
     for split in ("train", "dev"):
@@ -368,7 +394,7 @@ def pairs_of_cache(cache: str, start: Start, say: Say) -> TrainingSet:
     say(f"pairs of {cache}: linear reward, the best model against each other one (build_sets.py offers more)")
     dev = table.split("dev")
     return TrainingSet(cache, parts["train"], parts["dev"], template, table.split("train"), dev,
-                  sets.reward_table(dev, reward, unit_usd=unit))
+                       sets.reward_table(dev, reward, unit_usd=unit))
 
 
 # --- token ids --------------------------------------------------------------------------------------------------------
@@ -465,9 +491,9 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         "weight_decay": 0.0, "warmup_steps": 0.1, "lr_scheduler_type": "cosine", "max_grad_norm": 1.0,
         "optim": "paged_adamw_8bit" if gpu and four_bit else "adamw_torch", "activation_checkpointing": gpu,
         "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": KEPT, "load_best_model_at_end": True,
-        "metric_for_best_model": "reward" if by_reward else "loss", "greater_is_better": by_reward,
         "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
-        "log_level": "error", "log_level_replica": "error", **extra}
+        "log_level": "error", "log_level_replica": "error", **extra,
+        **best_by(extra, ("reward", "loss") if by_reward else ("loss",))}
     if not gpu and "8bit" in str(settings["optim"]):
         raise UserError(f"--trainer.optim {settings['optim']}: 8-bit optimizers need a GPU; leave it away here")
     try:
@@ -487,7 +513,7 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSe
 
     from routewright.checkpoints import fingerprint
     from routewright.shared_prefix import SharedPrefixTrainer
-    from routewright.trainer import EpochNames, SafetyNet
+    from routewright.trainer import SafetyNet
 
     whole = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     lengths = [len(row["prompt_ids"]) for row in encoded[0]]
@@ -495,14 +521,16 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSe
 
     class RouterDPO(SafetyNet, SharedPrefixTrainer):
         monitor: Any = None
+        looks: Any = None  # the monitor's callback
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return order
 
         def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
             found = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            if self.monitor:  # it has looked just before, on rank 0
-                seen = self.monitor.history[-1]["dev/reward"] if self.monitor.history else None
+            if self.monitor:
+                self.looks.look(self.state, self.model)  # where it has not at this step
+                seen = self.monitor.history[-1]["dev/reward"] if self.monitor.history else None  # rank 0 has it
                 found.metrics[f"{metric_key_prefix}_reward"] = self._from_all(seen)[0]
             return found
 
@@ -515,7 +543,7 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSe
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """router.json says what this is; the library's own page would be written anew at each checkpoint."""
 
-    callbacks = [EpochNames(), make_reporter(tracker, say, order.set_epoch)]
+    callbacks = [last_epochs(), make_reporter(tracker, say, order.set_epoch)]
     if method["patience"] and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(method["patience"]))
     run = RouterDPO(
@@ -529,7 +557,8 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSe
         from routewright.monitor import DecisionMonitor, monitor_callback
 
         run.monitor = DecisionMonitor(source.dev_table, source.rewards, tracker, say, folder=arguments.output_dir)
-        run.add_callback(monitor_callback(run.monitor, lambda: reader.decisions(run.model)))
+        run.looks = monitor_callback(run.monitor, lambda: reader.decisions(run.model))
+        run.add_callback(run.looks)
     return run
 
 
@@ -546,8 +575,7 @@ def score_validation(run: Any, reader: Reader | None, source: TrainingSet) -> di
     before = np.array([rows["ref_chosen_logps"], rows["ref_rejected_logps"]]).T
     after = run.pair_logps(rows)
     gain = run.beta * ((after - before) @ [1.0, -1.0])
-    kept = run.state.best_model_checkpoint
-    scores = {"epoch_kept": epoch_of(run, kept), "loss": dev_loss(run, kept), "reward_margin": float(gain.mean()),
+    scores = {**figures_of(run, kept_checkpoint(run)), "reward_margin": float(gain.mean()),
               "reward_accuracy": float((gain > 0).mean())}
     for prefix, logps in (("", after), ("start/", before)):
         margin = logps @ [1.0, -1.0]
@@ -565,15 +593,13 @@ def named(figures: dict[str, float], prefix: str) -> dict[str, float]:
     return {prefix + name.removeprefix("dev/"): value for name, value in figures.items()}
 
 
-def epoch_of(run: Any, checkpoint: str | None) -> float:
-    step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else run.state.global_step
-    return next((entry["epoch"] for entry in run.state.log_history if entry["step"] == step), run.state.epoch)
-
-
-def dev_loss(run: Any, checkpoint: str | None) -> float:
-    """The loss on the dev pairs at the checkpoint that was kept, as it was logged there."""
-    step = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else run.state.global_step
-    return next((h["eval_loss"] for h in run.state.log_history if h["step"] == step and "eval_loss" in h), float("nan"))
+def figures_of(run: Any, checkpoint: Path) -> dict[str, float]:
+    """Epoch of a checkpoint and the loss on the dev pairs as it was logged there; no loss where none was."""
+    step = int(checkpoint.name.rpartition("-")[2])
+    logged = [entry for entry in run.state.log_history if entry["step"] == step]
+    epoch = next((entry["epoch"] for entry in logged), run.state.epoch)
+    losses = [entry["eval_loss"] for entry in logged if "eval_loss" in entry]
+    return {"epoch_kept": epoch, **({"loss": losses[-1]} if losses else {})}
 
 
 def report(scores: dict[str, float], out: Path, source: TrainingSet, tracker: Any, say: Say) -> None:

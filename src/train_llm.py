@@ -43,10 +43,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from routewright.base_models import choose_precision, median_rows
+from routewright.base_models import Base, choose_precision, median_rows
 from routewright.errors import UserError
 from routewright.language_models import (
     ADAPTER_CARD,
+    adapter_base,
     add_lora,
     check_size,
     choose_wrap,
@@ -57,6 +58,7 @@ from routewright.language_models import (
     label_ids,
     label_logits,
     load_causal,
+    weights_hash,
 )
 from routewright.launch import launch
 from routewright.router_data import LengthGroupedOrder, PadBatch, hold_out
@@ -65,13 +67,19 @@ from routewright.textfiles import write_json
 from routewright.training import (
     LOG_STEPS,
     Say,
+    best_by,
     check_trainer_names,
     console,
     is_complete,
     is_score,
+    kept_checkpoint,
+    last_epochs,
     make_reporter,
+    own_settings,
     quiet_libraries,
     save_weights,
+    told_as_user_errors,
+    unrounded,
     write_router,
 )
 from routewright.training_sets import Rows, TrainingSet, add_outcomes, read_with_twin
@@ -86,7 +94,8 @@ PLAIN = Template("difficulty", ("any",), "bare")  # for rows without a card: the
 OWNED = {"output_dir": "output_dir", "per_device_train_batch_size": "batch_size", "learning_rate": "learning_rate",
          "gradient_accumulation_steps": "global_batch_size", "num_train_epochs": "epochs", "seed": "seed",
          "bf16": "precision", "fp16": "precision", "report_to": "wandb", "packing": "packing",
-         "max_length": "max_length"}
+         "packing_strategy": "packing", "padding_free": "packing", "eval_packing": "packing",
+         "shuffle_dataset": "seed", "max_length": "max_length"}
 
 
 def main(
@@ -130,9 +139,7 @@ def main(
 
     source = load_source(data, val, cache, skip_bad, say)
     base = find_causal(model_name, say, BASE_MODEL)
-    if four_bit:
-        check_size(base.folder, base.name)
-    adapted = bool(lora_r) or (base.folder / ADAPTER_CARD).is_file()
+    adapted = check_base(base, out, lora_r, four_bit, say)
     small = count_parameters(base.folder) < SMALL
     usual = SMALL_LEARNING_RATE if small else LORA_LEARNING_RATE if adapted else LEARNING_RATE
     learning_rate = learning_rate or usual
@@ -158,16 +165,19 @@ def main(
         train_rows = pack(train_rows, longest)
     arguments = training_arguments(
         output_dir=output_dir, batch_size=batch_size, global_batch_size=global_batch_size, learning_rate=learning_rate,
-        epochs=epochs, bf16=bf16, seed=seed, rows=len(train_rows), packing=packing, max_length=longest, extra=extra)
-    method = {"mode": source.words, "base_model": base.name, "max_length": longest, "wrap": wrap, "packing": packing,
-              "lora_r": lora_r, "four_bit": four_bit, "bf16": bf16, "patience": patience}
+        epochs=epochs, bf16=bf16, seed=seed, rows=len(train_rows), packing=packing, max_length=longest,
+        router=source.template is not None, extra=extra)
+    method = {"mode": source.words, "base_model": base.name, "base_weights": start_weights(base.folder),
+              "max_length": longest, "wrap": wrap, "packing": packing, "lora_r": lora_r, "four_bit": four_bit,
+              "bf16": bf16, "patience": patience, **own_settings(arguments, extra)}
 
     with tracking.start("routewright", f"train_llm-{out.name}", out,
                         {**method, "learning_rate": learning_rate, "epochs": epochs, "rows": len(train_rows)},
                         mode="auto" if wandb else "off", job_type="train") as tracker:
         reader = Reader(source, tokenizer, wrap, longest) if source.template else None
-        run = build_trainer(model, tokenizer, arguments, source, (train_rows, dev_rows), reader, method=method,
-                            tracker=tracker, say=say)
+        with told_as_user_errors(extra):
+            run = build_trainer(model, tokenizer, arguments, source, (train_rows, dev_rows), reader, method=method,
+                                tracker=tracker, say=say)
         run.run(resume=resume)
         if is_complete(run, out, "dev_scores.json", *(["router.json"] if source.table is not None else [])):
             say(f"this run was finished before; its {source.product}: {out} (--resume none trains anew)")
@@ -178,7 +188,7 @@ def main(
             write_router(run, out, "llm", source, tokenizer, wrap=wrap, max_length=longest, base_model=base.name,
                          four_bit=four_bit, seed=seed, say=say)
         if run.is_world_process_zero():
-            report(scores, out, source, tracker, say)
+            report(scores, kept_checkpoint(run), out, source, tracker, say)
         run.accelerator.wait_for_everyone()
 
 
@@ -193,9 +203,6 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
             raise UserError(f"--{name} must be {least} or more; got {given[name]}")
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:
         raise UserError(f"--learning_rate must be above 0; got {given['learning_rate']}")
-    if given["four_bit"] and not given["lora_r"]:
-        raise UserError("--four_bit true freezes the base weights, so there is nothing to train without adapters; add "
-                        "--lora_r 16")
     if given["four_bit"] and given["precision"] == "fp32":
         raise UserError("--four_bit computes in bf16; leave --precision auto")
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -204,6 +211,22 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
                         f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
     return check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:SFTConfig")
+
+
+def check_base(base: Base, out: Path, lora_r: int, four_bit: bool, say: Say) -> bool:
+    """Whether adapters are trained, and whether this base can be trained so. Raises UserError."""
+    if base.folder.resolve() == out.resolve():
+        raise UserError(f"--model_name {base.name} is the output folder too, whose weights would be overwritten; "
+                        "choose another --output_dir")
+    own = (base.folder / ADAPTER_CARD).is_file()
+    if own and lora_r:
+        say(f"warning: {base.name} is an adapter and goes on with its own rank; --lora_r {lora_r} is not used")
+    if four_bit and not (own or lora_r):
+        raise UserError("--four_bit true freezes the base weights, so there is nothing to train without adapters; add "
+                        "--lora_r 16")
+    if four_bit:
+        check_size(base.folder, base.name)
+    return own or bool(lora_r)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -272,7 +295,6 @@ def encode(tokenizer: Any, source: TrainingSet, rows: Rows, wrap: str, max_lengt
 def check_tokens(folder: Path, source: TrainingSet, wrap: str, max_length: int) -> None:
     """Whether the tokenizer has the wrap and the answers, without loading any weight."""
     from routewright.encoders import load_tokenizer
-    from routewright.language_models import adapter_base
 
     quiet_libraries()
     tokenizer = load_tokenizer(adapter_base(folder) if (folder / ADAPTER_CARD).is_file() else folder)
@@ -310,10 +332,20 @@ def build_model(folder: Path, lora_r: int, four_bit: bool, seed: int) -> tuple[A
     return model, tokenizer
 
 
+def start_weights(folder: Path) -> str:
+    """A name for the weights that training begins with: a run goes on from the same ones only."""
+    from routewright.checkpoints import fingerprint
+
+    if (folder / ADAPTER_CARD).is_file():
+        return f"{weights_hash(adapter_base(folder))} {fingerprint(folder / 'adapter_model.safetensors')}"
+    return weights_hash(folder)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: int, learning_rate: float, epochs: int,
-                       bf16: bool, seed: int, rows: int, packing: bool, max_length: int, extra: dict[str, Any]) -> Any:
+                       bf16: bool, seed: int, rows: int, packing: bool, max_length: int, router: bool,
+                       extra: dict[str, Any]) -> Any:
     """SFTConfig: CoBench's optimizer and schedule, the safety net's, then what the user put in `trainer`."""
     import torch
     from trl import SFTConfig
@@ -334,9 +366,9 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         "max_length": max_length, "packing": packing, "eval_packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
         "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
-        "metric_for_best_model": "loss", "greater_is_better": False,
         "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
-        "log_level": "error", "log_level_replica": "error", **extra}
+        "log_level": "error", "log_level_replica": "error", **extra,
+        **best_by(extra, ("loss", "label_accuracy") if router else ("loss",))}
     try:
         return SFTConfig(**settings)
     except (ValueError, TypeError) as error:
@@ -438,12 +470,13 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSe
     callbacks = [last_epochs(), make_reporter(tracker, say, order.set_epoch)]
     if method["patience"] and arguments.load_best_model_at_end:
         callbacks.append(EarlyStoppingCallback(method["patience"]))
-    run = RouterSFT(
-        model=model, args=arguments, train_dataset=Dataset.from_list(encoded[0]),
-        eval_dataset=Dataset.from_list(encoded[1]), processing_class=tokenizer, callbacks=callbacks,
-        row_names=[f"pack {i}" for i in range(len(encoded[0]))] if arguments.packing else
-                  [row_name(source.name, i, row) for i, row in enumerate(source.train)],
-        fingerprints={"data": fingerprint(encoded[0]), "validation data": fingerprint(encoded[1]), "config": method})
+    names = ([f"pack {i}" for i in range(len(encoded[0]))] if arguments.packing else
+             [row_name(source.name, i, row) for i, row in enumerate(source.train)])
+    marks = {"data": fingerprint(encoded[0]), "validation data": fingerprint(encoded[1]), "config": method}
+    with unrounded(model):
+        run = RouterSFT(model=model, args=arguments, train_dataset=Dataset.from_list(encoded[0]),
+                        eval_dataset=Dataset.from_list(encoded[1]), processing_class=tokenizer, callbacks=callbacks,
+                        row_names=names, fingerprints=marks)
     run.remove_callback(PrinterCallback)
     run.remove_callback(ProgressCallback)
     if source.rewards is not None:
@@ -452,28 +485,6 @@ def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSe
         run.monitor = DecisionMonitor(source.dev_table, source.rewards, tracker, say, folder=arguments.output_dir)
         run.add_callback(monitor_callback(run.monitor, lambda: reader.decisions(run.model, run.state.global_step)))
     return run
-
-
-def last_epochs() -> Any:
-    """A callback that names each epoch's checkpoint and keeps the newest KEPT and the best: the rest is deleted."""
-    from routewright import checkpoints as ck
-    from routewright.trainer import EpochNames
-
-    class LastEpochs(EpochNames):
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            super().on_save(args, state, control, **kwargs)
-            if args.should_save:
-                self.drop_older(Path(args.output_dir), state.best_model_checkpoint)
-
-        def drop_older(self, folder: Path, best: str | None) -> None:
-            keep = {path.name for _, path in ck.checkpoints(folder)[-KEPT:]} | ({Path(best).name} if best else set())
-            for name, target in ck.epoch_names(folder).items():
-                if target.name not in keep:  # its name would keep the checkpoint
-                    (folder / name).unlink(missing_ok=True)
-                    (folder / f"{name}.json").unlink(missing_ok=True)
-            ck.rotate(folder, len(keep), protect=keep)
-
-    return LastEpochs()
 
 
 def row_name(path: str, index: int, row: dict[str, Any]) -> str:
@@ -497,7 +508,7 @@ def score_validation(run: Any, reader: Reader | None, source: TrainingSet) -> di
     return scores
 
 
-def report(scores: dict[str, float], out: Path, source: TrainingSet, tracker: Any, say: Any) -> None:
+def report(scores: dict[str, float], checkpoint: Path, out: Path, source: TrainingSet, tracker: Any, say: Any) -> None:
     """dev_scores.json, the tracker's summary and one line."""
     from routewright.tracking import dev_names
 
@@ -505,7 +516,7 @@ def report(scores: dict[str, float], out: Path, source: TrainingSet, tracker: An
     write_json(out / "dev_scores.json", kept)
     tracker.summary(dev_names(kept))
     words = "  ".join(f"{name} {value:.4g}" for name, value in kept.items())
-    say(f"kept the best epoch, on the validation rows: {words}\n{source.product}: {out}")
+    say(f"kept {checkpoint.name}; on the validation rows and dev prompts: {words}\n{source.product}: {out}")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,15 @@ def test_profiles_stand_for_deepspeed_and_for_four_bits_and_the_users_word_wins(
     assert "--trainer.deepspeed" not in dry("run_train_deberta.sh", PROFILE="4gpu")[2]  # plain data parallel is enough
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    ({"PROFILE": "rtx4060"}, "PROFILE=rtx4060 with NUM_GPUS=auto asks for 1 GPU(s) but 0 are visible"),
+    ({"NUM_GPUS": "2"}, "PROFILE=auto with NUM_GPUS=2 asks for 2 GPU(s) but 0 are visible")])
+def test_gpus_that_are_not_there_are_one_sentence_whose_cure_is_not_what_was_given(change, said):
+    done = shell("cmd/run_train_dpo.sh", **change)
+    assert done.returncode == 4 and done.stderr.count("\n") == 1 and said in done.stderr, done
+    assert "use PROFILE=auto with NUM_GPUS=auto, or PROFILE=cpu" in done.stderr
+
+
 @pytest.mark.parametrize(("memory", "visible", "profile"), [
     ("8188", None, "rtx4060"), ("24564", None, "auto"), ("24564\n8188", "1", "rtx4060"), ("8188\n8188", None, "4gpu"),
     ("[N/A]", None, "auto")])
@@ -251,11 +260,12 @@ def cluster(folder, line, nodes=2, restart="0", **change):
     folder.mkdir(exist_ok=True)
     (folder / "scontrol").write_text(
         f'#!/bin/bash\nif [ "$1" = show ]; then printf "localhost\\nother\\n"; else echo "$*" >> {folder}/asked; fi\n')
-    (folder / "srun").write_text("""#!/bin/bash
+    (folder / "srun").write_text(f"""#!/bin/bash
+echo "cores ${{SRUN_CPUS_PER_TASK:-1}} $*" > {folder}/srun_said
 while [[ "$1" == --* ]]; do shift; done
 worst=0; pids=()
 for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & pids+=($!); done
-for pid in "${pids[@]}"; do wait $pid; code=$?; (( code > worst )) && worst=$code; done
+for pid in "${{pids[@]}}"; do wait $pid; code=$?; (( code > worst )) && worst=$code; done
 exit $worst
 """)
     for name in ("scontrol", "srun"):
@@ -280,6 +290,10 @@ def test_the_slurm_job_queues_again_only_when_time_stopped_it(tmp_path):
         done, asked, job = cluster(tmp_path / str(number), ["bash", "-c", f"exit {code}"],
                                    SLURM_JOB_END_TIME=str(now + left))
         assert done.returncode == code and asked == (f"requeue {job}\n" if again else ""), done
+    # All the cores of the job reach the ranks, and each machine ends by itself, with its own code.
+    cluster(tmp_path / "cores", ["true"], SLURM_CPUS_PER_TASK="16")
+    said = (tmp_path / "cores" / "srun_said").read_text().split()
+    assert said[:2] == ["cores", "16"] and "--kill-on-bad-exit=0" in said
     done, _, _ = cluster(tmp_path / "none", [])
     assert done.returncode == 2 and done.stderr.startswith("error: name the line to run")
     text = (ROOT / "cmd/cluster/slurm.sbatch").read_text()

@@ -390,6 +390,19 @@ def test_another_error_stays_what_it_is(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_one_process_takes_one_of_several_gpus(tmp_path, capsys):
+    """The Trainer would spread it over all of them, so that the batch grows with the machine."""
+    def arguments(gpus):
+        found = kt.make(tmp_path / "args").args
+        found._n_gpu = gpus
+        return found
+
+    for gpus in (4, 1):
+        trainer = SafeTrainer(model=kt.make(tmp_path / "model").model, args=arguments(gpus))
+        assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
+        assert ("one of 4 GPUs" in capsys.readouterr().out) == (gpus == 4)
+
+
 def test_ranks_that_would_train_alone_are_refused(tmp_path, monkeypatch):
     trainer = kt.make(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 
 from routewright.errors import UserError
+from routewright.training import unrounded
 
 REFERENCE = "reference_logps.safetensors"
 # Stock losses that judge one pair at a time. `aot` sorts a batch, which batches of one row make meaningless.
@@ -138,15 +139,16 @@ def _make_trainer() -> type:
             _check_arguments(args, model, more)
             # For adapters the library keeps no second model either way, and `True` would hash the weights wastefully.
             args.precompute_ref_log_probs = peft_config is None and not is_peft_model(model)
-            four_bit = getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
-            came = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad and four_bit}
             pad = processing_class.pad_token_id
-            super().__init__(
-                model=model, args=args, peft_config=peft_config, processing_class=processing_class,
-                data_collator=data_collator or SharedPairs(
-                    processing_class.eos_token_id if pad is None else pad, args.max_length), **more)
+            with unrounded(model):
+                super().__init__(
+                    model=model, args=args, peft_config=peft_config, processing_class=processing_class,
+                    data_collator=data_collator or SharedPairs(
+                        processing_class.eos_token_id if pad is None else pad, args.max_length), **more)
             self.precompute_ref_logps = True
-            _as_they_came(self.model, came, four_bit)
+            if peft_config is not None:  # adapters that the library has just made, perhaps in bf16
+                for parameter in (p for p in self.model.parameters() if p.requires_grad):
+                    parameter.data = parameter.data.float()
             if "ref" in getattr(self.model, "peft_config", {}):
                 self.model.delete_adapter("ref")  # the library's copy of a warm start; the log-probs replace it
             self._columns: Any = None
@@ -353,17 +355,6 @@ def _check_arguments(args: Any, model: Any, more: dict[str, Any]) -> None:
     if odd or getattr(config, "output_router_logits", False):
         raise UserError(f"{config.model_type}: pairs share their prompt under full attention only; this model has "
                         f"{odd[0] if odd else 'expert-balance losses'}; take another base model")
-
-
-def _as_they_came(model: Any, came: dict[str, Any], four_bit: bool) -> None:
-    """Undo the library's rounding of trainable weights to bf16; adapters that it made itself become float32."""
-    import torch
-
-    for name, parameter in model.named_parameters():
-        if name in came:
-            parameter.data = came[name].to(parameter.device)
-        elif four_bit and parameter.requires_grad and parameter.dtype == torch.bfloat16:
-            parameter.data = parameter.data.float()
 
 
 # ---- the reference file ---------------------------------------------------------------------------------------------

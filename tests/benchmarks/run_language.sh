@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The README's table of language-model routers on the shipped sample: a decision model by supervised fine-tuning, the same
-# one trained further by DPO, and a probe, each on three divisions of the prompts, scored beside the cheap model's own
+# The README's table of language-model routers on the shipped sample: a decision model and a difficulty model by supervised
+# fine-tuning, the first trained further by DPO, and a probe, each on three divisions of the prompts, scored beside the cheap model's own
 # scores and the controls. Needs nothing but the repository. A part that is there already is not made again.
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/../.." && pwd)"
@@ -13,8 +13,12 @@ for seed in 0 1 2; do
     set_of="data/sets/sample-$seed"
     [ -f "$set_of/dpo_dev_data.card.json" ] ||
         python src/build_sets.py --config configs/build_sets/sample.yaml --split_seed "$seed" --output_dir "$set_of"
+    [ -f "$set_of-difficulty/alpaca_dev.card.json" ] ||
+        python src/build_sets.py --config configs/build_sets/sample_difficulty.yaml --split_seed "$seed" --output_dir "$set_of-difficulty"
     python src/train_llm.py --config configs/train_llm/sample.yaml --data "$set_of/alpaca_train.jsonl" --seed "$seed" \
         --output_dir "$runs/sft-$seed"
+    python src/train_llm.py --config configs/train_llm/sample.yaml --data "$set_of-difficulty/alpaca_train.jsonl" --seed "$seed" \
+        --output_dir "$runs/sft-difficulty-$seed"
     python src/train_dpo.py --config configs/train_dpo/sample.yaml --data "$set_of/dpo_train_data.json" --seed "$seed" \
         --warm_start "$runs/sft-$seed" --output_dir "$runs/dpo-$seed"
     [ -f "$runs/probe-$seed/router.json" ] ||
