@@ -396,7 +396,7 @@ def test_a_label_is_the_token_that_text_holds_in_its_place(sample_tokenizer):
     assert lm.label_ids(sample_tokenizer, BARE, "chat") == spaced
     assert lm.label_ids(sample_tokenizer, BARE, "alpaca") == bare  # its form ends a line
     sample_tokenizer = copy.deepcopy(sample_tokenizer)
-    sample_tokenizer.chat_template = "{{ messages[0]['content'] }}<assistant>\n"
+    sample_tokenizer.chat_template = "{{ messages[0]['content'] + '<assistant>\n' }}"
     assert lm.label_ids(sample_tokenizer, BARE, "chat") == bare
 
 
@@ -517,7 +517,7 @@ def test_features_of_both_modes():
 
 @pytest.mark.parametrize("shared", [0, 70])
 def test_bf16_logits_hardly_depend_on_the_company(shared, tmp_path):
-    """With the shared start and in padded batches; bf16 has eight bits, so the logits of a row agree to a few of them."""
+    """With the shared start and in padded batches; bf16 has eight bits, and the logits agree to a few of them."""
     model, _ = lm.load_causal(tiny_causal(tmp_path), dtype="bf16")
     start = np.random.default_rng(5).integers(7, 50, size=shared).tolist()
     rows, ids = [start + row for row in some_rows(30, seed=2)], [30, 31, 32]

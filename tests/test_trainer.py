@@ -392,13 +392,12 @@ def test_another_error_stays_what_it_is(tmp_path):
 
 def test_one_process_takes_one_of_several_gpus(tmp_path, capsys):
     """The Trainer would spread it over all of them, so that the batch grows with the machine."""
-    def arguments(gpus):
-        found = kt.make(tmp_path / "args").args
-        found._n_gpu = gpus
-        return found
+    from routewright.trainer import SafeTrainer
 
+    known = kt.make(tmp_path / "run")
     for gpus in (4, 1):
-        trainer = SafeTrainer(model=kt.make(tmp_path / "model").model, args=arguments(gpus))
+        known.args._n_gpu = gpus
+        trainer = SafeTrainer(model=known.model, args=known.args)
         assert trainer.args.n_gpu == 1 and trainer.args.train_batch_size == trainer.args.per_device_train_batch_size
         assert ("one of 4 GPUs" in capsys.readouterr().out) == (gpus == 4)
 

@@ -24,8 +24,10 @@ once on two shared cores at load 5: 48 s for the 256 tokens and the update, 6.6 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -36,6 +38,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: a single process would be spread over all of them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,6 +48,7 @@ sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
 BAR_GB = 7.5  # of an 8 GB card
 LORA_RANK = 16
 LENGTHS = (512, 1024, 2048, 4096, 8192)
+LONGEST = 32_768  # positions of Qwen2.5
 SCORING_ROWS = 32  # of a batch in which decisions are read, as the scripts call label_logits
 ANSWER_TOKENS, PROMPT_TOKENS = 8, 300  # of the trial whose logits are 8 of 308 positions
 
@@ -256,7 +260,7 @@ def write_decoder(shape: Shape, folder: Path) -> Path:
 
     config = Qwen2Config(hidden_size=shape.hidden, num_hidden_layers=shape.layers, num_attention_heads=shape.heads,
                          num_key_value_heads=shape.kv_heads, intermediate_size=shape.intermediate,
-                         vocab_size=shape.vocab, tie_word_embeddings=True, max_position_embeddings=32_768)
+                         vocab_size=shape.vocab, tie_word_embeddings=True, max_position_embeddings=LONGEST)
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
@@ -265,7 +269,7 @@ def write_decoder(shape: Shape, folder: Path) -> Path:
     finally:
         torch.set_default_dtype(before)
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "sample" / "models" / "strong")
-    tokenizer.model_max_length = 32_768
+    tokenizer.model_max_length = LONGEST
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -406,6 +410,7 @@ def measure(case: str, options: argparse.Namespace, shape: Any = None) -> dict[s
     gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory(prefix="bench-llm-") as folder:
         main, settings = make(Path(folder), shape or own, options)
+        gc.collect()  # a trainer holds itself in circles; what the case before left would count here
         if gpu:
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, options.cap_gb * 1e9 / total) if case == "dpo" else 1.0)
@@ -455,7 +460,7 @@ def flops_of(found: dict[str, Any]) -> tuple[float, float]:
 
 def peak_rate(name: str) -> tuple[float, str]:
     """Dense bf16 TFLOP/s of a GPU and where the figure is from."""
-    known = next((rate for key, rate in RATES.items() if key in name), None)
+    known = next((rate for key, rate in RATES.items() if re.search(rf"\b{key}\b", name)), None)
     if known:
         return float(known), "data sheet"
     import torch
@@ -486,16 +491,37 @@ def report(found: dict[str, Any], rate: float) -> str:
     return words
 
 
-def main() -> int:
+def number(least: float, most: float, kind: type = int) -> Callable[[str], Any]:
+    """A reader of one number of the command line, which argparse refuses in a sentence outside of its range."""
+    def read(text: str) -> Any:
+        with suppress(ValueError):
+            if least <= kind(text) <= most:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from {least:,} to {most:,}")
+
+    return read
+
+
+def read_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, checked before anything is built: a run takes minutes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--steps", type=int, default=48, help="micro-batches to time")
-    parser.add_argument("--max_length", type=int, default=None, help="tokens of a row; none: the script's own default")
-    parser.add_argument("--batch_size", type=int, default=None, help="rows of a step of sft and deberta")
-    parser.add_argument("--cap_gb", type=float, default=8.0, help="memory the dpo case may take, GB of 1e9 bytes")
+    parser.add_argument("--steps", type=number(1, 10_000), default=48, help="micro-batches to time")
+    parser.add_argument("--max_length", type=number(16, LONGEST), default=None,
+                        help="tokens of a row; none: the script's own default")
+    parser.add_argument("--batch_size", type=number(1, 4096), default=None, help="rows of a step of sft and deberta")
+    parser.add_argument("--cap_gb", type=number(0.1, 10_000, float), default=8.0,
+                        help="memory the dpo case may take, GB of 1e9 bytes")
     parser.add_argument("--cpu", action="store_true", help="run the steps on a CPU instead of printing arithmetic")
     parser.add_argument("--json", default="", help="write the figures here too")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    if options.json and not Path(options.json).resolve().parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {Path(options.json).parent}")
+    return options
+
+
+def main() -> int:
+    options = read_options()
 
     import torch
 

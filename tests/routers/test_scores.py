@@ -191,7 +191,7 @@ def test_readings_of_another_question_are_not_taken(cheap, cache, parts, tmp_pat
     """A change of the question, or of how answers are read, leaves cached readings behind."""
     from routewright.routers import scores
 
-    for name, what in (("self text", "TEXT_QUESTION"), ("self logits", "_READING"), ("semantic_entropy", "ALIKE")):
+    for name, what in (("self text", "TEXT_QUESTION"), ("self_questioning", "_READING"), ("semantic_entropy", "ALIKE")):
         before = made(name, cheap, str(tmp_path))
         before.scores(parts[2].prompts[:3])
         assert before.reader.fresh == 3
