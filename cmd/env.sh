@@ -5,7 +5,7 @@
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")/.." && pwd)"
 export ROOT
 
-# The environment that is active already is used when it satisfies requirements.txt; else the project's .venv.
+# An environment that is active already is used as it is (cmd/setup.sh tops it up); else the project's .venv.
 if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "$ROOT/.venv/bin/activate" ]; then
     . "$ROOT/.venv/bin/activate"
 fi

@@ -499,7 +499,7 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
     try:
         return DPOConfig(**settings)
     except (ValueError, TypeError) as error:
-        raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
+        raise UserError(f"these training settings do not go together: {' '.join(str(error).split())}") from None
 
 
 def build_trainer(model: Any, tokenizer: Any, arguments: Any, source: TrainingSet, encoded: tuple[Rows, Rows],

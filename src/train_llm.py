@@ -365,14 +365,14 @@ def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: i
         "lr_scheduler_type": "linear", "max_grad_norm": 1.0, "activation_checkpointing": torch.cuda.is_available(),
         "max_length": max_length, "packing": packing, "eval_packing": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
-        "eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True,
+        "eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": KEPT, "load_best_model_at_end": True,
         "logging_steps": min(LOG_STEPS, max(1, steps // 2)), "disable_tqdm": True,
         "log_level": "error", "log_level_replica": "error", **extra,
         **best_by(extra, ("loss", "label_accuracy") if router else ("loss",))}
     try:
         return SFTConfig(**settings)
     except (ValueError, TypeError) as error:
-        raise UserError(f"these training settings do not go together: {str(error).splitlines()[0]}") from None
+        raise UserError(f"these training settings do not go together: {' '.join(str(error).split())}") from None
 
 
 class Reader:

@@ -59,6 +59,39 @@ def test_without_a_gpu_it_says_that_nothing_was_measured():
     assert "nothing was measured" in done.stdout and "\n  3000 " in done.stdout
 
 
+@pytest.mark.parametrize("words", [
+    "--steps 0", "--steps many", "--max_length 0", "--max_length -5", "--max_length 99999", "--batch_size 0",
+    "--cap_gb 0", "--cap_gb nan", "--cases nope", "--json nowhere/figures.json"])
+def test_wrong_arguments_stop_in_a_sentence_before_anything_is_built(words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.read_options(words.split())
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and f"error: {'argument ' * ('json' not in words)}{words.split()[0]}" in said
+
+
+def test_a_card_too_small_for_one_case_goes_on_to_the_next(monkeypatch, capsys, tmp_path):
+    from routewright.errors import PartialRun
+
+    def measure(case, options):
+        if case != "sft":
+            raise PartialRun("out of memory at step 0")
+        return {"case": case, "max_length": 8, "batch": 1, "tokens": 8, "seconds": 1.0, "loading_s": 1, "resident": 1}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    for cases, code in (("deberta sft", 0), ("dpo sft", 1)):  # the bar is dpo's alone
+        monkeypatch.setattr(sys, "argv", ["bench", "--cpu", "--cases", *cases.split()])
+        assert bench.main() == code
+        said = capsys.readouterr().out
+        assert f"{cases.split()[0]:8} was not measured: out of memory" in said and "8 tokens/s" in said
+
+
+def test_the_rate_is_the_named_cards_own():
+    assert bench.peak_rate("NVIDIA A100-SXM4-80GB") == (312, "data sheet")
+    assert bench.peak_rate("NVIDIA L40S")[0] == 362 and bench.peak_rate("NVIDIA L4")[0] == 121
+    assert bench.peak_rate("NVIDIA GeForce RTX 4060 Laptop GPU")[0] == 30
+    assert bench.known_rate("NVIDIA RTX A1000 Laptop GPU") == 0  # no A100
+
+
 @pytest.fixture(scope="module")
 def four_bit(tmp_path_factory):
     """A model of the small shape as the profile trains it: NF4, LoRA on all linear layers, checkpointed."""

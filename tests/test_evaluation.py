@@ -248,10 +248,10 @@ def test_a_folder_per_seed_is_scored_on_its_own_division(cache, seeded, tmp_path
 
 
 def test_one_seed_with_a_folder_per_seed_divides_anew(cache, seeded, tmp_path):
-    routers = write_routers(tmp_path / "r.yaml", {"name": "folders", "path": str(seeded / "mine-{seed}")})
-    results = evaluate(cache=str(cache), routers=routers, output_dir=str(tmp_path / "out"), seeds=1, **QUICK)
+    results = evaluate(cache=str(cache), router_type="linear", router_model_path=str(seeded / "mine-{seed}"),
+                       output_dir=str(tmp_path / "out"), seeds=1, **QUICK)
     assert [v["name"] for v in results["views"]] == ["seed 0"]
-    assert results["routers"]["length"]["views"] == results["routers"]["folders"]["views"] == ["seed 0"]
+    assert results["routers"]["length"]["views"] == results["routers"]["mine"]["views"] == ["seed 0"]
 
 
 def test_a_folder_per_seed_beside_one_of_the_recorded_splits(cache, seeded, trained, tmp_path):

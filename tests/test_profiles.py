@@ -93,10 +93,10 @@ def test_accelerate_makes_a_torchrun_job_of_every_profile(root, monkeypatch, nam
 STOP = 7
 
 
-def rank_life(rank: int, port: int, out: Path, stop: int, arguments: dict) -> None:
+def rank_life(rank: int, ranks: int, port: int, out: Path, stop: int, arguments: dict) -> None:
     """One rank's whole life: train to the end and save, or get SIGTERM in step `stop` on rank 1 alone."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", DS_ACCELERATOR="cpu",
-                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                      DS_ACCELERATOR="cpu", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
                       # Nothing may be compiled: no compiler is found, and no extension built before.
                       PATH="/nowhere", TORCH_EXTENSIONS_DIR=str(out.parent / "extensions"))
     from transformers import TrainerCallback
@@ -112,8 +112,8 @@ def rank_life(rank: int, port: int, out: Path, stop: int, arguments: dict) -> No
     trainer.save_model(str(out / "final"))  # on every rank: under ZeRO-3 each holds a part
 
 
-def life(out: Path, stop: int = 0, **arguments) -> list[int]:
-    """Two forked ranks train into `out`; their exit codes."""
+def life(out: Path, stop: int = 0, ranks: int = 2, **arguments) -> list[int]:
+    """Forked ranks train into `out`; their exit codes."""
     import transformers.trainer  # noqa: F401 - imported once, before the fork
 
     with socket.socket() as free:
@@ -121,14 +121,14 @@ def life(out: Path, stop: int = 0, **arguments) -> list[int]:
         port = free.getsockname()[1]
     out.mkdir(parents=True, exist_ok=True)
     pids = []
-    for rank in range(2):
+    for rank in range(ranks):
         pid = os.fork()
         if not pid:
             code = 1
             sys.stdout = sys.stderr = open(out.parent / f"{out.name}_{rank}.log", "a", buffering=1)  # noqa: SIM115
             os.dup2(sys.stdout.fileno(), 2)
             try:
-                rank_life(rank, port, out, stop, arguments)
+                rank_life(rank, ranks, port, out, stop, arguments)
                 code = 0
             except BaseException as error:
                 print(f"{type(error).__name__}: {error}", flush=True)
@@ -177,6 +177,10 @@ def test_zero_trains_as_data_parallel_does_and_resumes_to_the_same_bits(tmp_path
         manifest = ck.verify(folder).manifest
         parts = [name for name in manifest["files"] if "optim_states" in name]
         assert len(parts) == 2 and manifest["world_size"] == 2  # a part per rank, both sealed
+        if stage == 2:  # the parts fit the same ranks in the same way alone: a sentence, not the library's traceback
+            assert life(broken, ranks=1, **settings) == [2]
+            assert "written by 2 ranks under DeepSpeed" in said(broken)
+            assert life(broken) == [2, 2] and "trainer sharding: ZeRO-2 then, nothing now" in said(broken)
         if stage == 2:  # a torn part is noticed and the checkpoint before it taken
             with open(folder / parts[0], "r+b") as file:
                 file.truncate(100)

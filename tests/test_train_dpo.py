@@ -140,6 +140,9 @@ def script_run(*words, ranks):
     (["--min_margin", "-1"], "--min_margin must be 0 or more"),
     (["--trainer.beta", "1"], "use --beta"),
     (["--trainer.betas", "1"], "did you mean 'beta'"),
+    (["--trainer.label_smoothing", "0.5"], "must be from 0 to below 0.5; got 0.5"),
+    (["--loss", "ipo", "--trainer.label_smoothing", "0.1"], "--loss ipo does not read it"),
+    (["--loss", "robust"], "is --loss sigmoid; add the share of pairs"),
     (["--data", "nowhere.json", "--model_name", STRONG], "no such file"),
     (["--warm_start", "nowhere"], "does not exist"),
 ])
@@ -285,6 +288,29 @@ def test_the_same_line_again_finds_its_work_done_and_other_starts_are_refused(fi
         patch.setattr(script, "find_start", lambda *_: script.Start(STRONG, other, False, True, "auto"))
         with pytest.raises(UserError, match="other start weights"):
             script.main(output_dir=str(out), **given)
+
+
+def test_evaluations_between_epochs_judge_the_weights_of_their_step_and_the_loss_can_decide(pairs, tmp_path):
+    """The dev reward is looked at each epoch; an evaluation at another step must not take an older look for its own."""
+    given = dict(data=str(pairs), model_name=CHEAP, **{**LEARNS, "learning_rate": 2e-2, "epochs": 2, "patience": 2})
+    steps = {"eval_strategy": "steps", "save_strategy": "steps", "eval_steps": 13, "save_steps": 13}
+    script.main(**given, output_dir=str(tmp_path / "a"), trainer={**steps, "label_smoothing": .1, "max_steps": 30})
+    newest = max((tmp_path / "a").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    looks = {row["step"]: row["dev/reward"] for row in
+             map(json.loads, (tmp_path / "a" / "monitor.jsonl").read_text().splitlines())}
+    judged = {h["step"]: h["eval_reward"] for h in read(newest, "trainer_state.json")["log_history"]
+              if "eval_reward" in h}
+    assert set(judged) >= {13, 26} and judged == {step: looks[step] for step in judged}
+    assert looks[13] != looks[0]
+    with pytest.raises(UserError, match="config label_smoothing: 0.1 then, 0.2 now"):
+        script.main(**given, output_dir=str(tmp_path / "a"), trainer={**steps, "label_smoothing": .2, "max_steps": 30})
+
+    script.main(**{**given, "epochs": 6}, output_dir=str(tmp_path / "b"), trainer={
+        "metric_for_best_model": "loss", "save_total_limit": 1, "max_steps": 120})
+    folders = sorted((tmp_path / "b").glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]))
+    judged = [h["eval_loss"] for h in read(folders[-1], "trainer_state.json")["log_history"] if "eval_loss" in h]
+    assert read(tmp_path / "b")["loss"] == pytest.approx(min(judged)) != max(judged)
+    assert len(folders) <= 2  # the newest and the best
 
 
 def test_all_weights_of_a_small_base_train_from_the_cache_alone(cache, tmp_path, capsys):

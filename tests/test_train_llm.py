@@ -132,6 +132,7 @@ def auroc(router, cache):
     (["--trainer.learning_rates", "1"], "did you mean 'learning_rate'"),
     (["--trainer.seed", "1"], "use --seed"),
     (["--trainer.packing", "true"], "use --packing"),
+    (["--trainer.packing_strategy", "wrapped"], "use --packing"),  # its packs would see each other
     (["--trainer.weight_decay", "abc"], "is no float"),
     (["--data", "nowhere.jsonl"], "no such file"),
     (["--wrap", "vicuna"], "wrap"),
@@ -369,6 +370,36 @@ def test_a_resumed_run_takes_the_same_steps_to_the_same_weights(trained, rows, t
         trained / "checkpoint_epoch_5" / "model.safetensors").read_bytes()
 
 
+def test_the_output_folder_is_not_the_start_and_another_start_is_refused(trained, rows, tmp_path):
+    from safetensors.numpy import save_file
+
+    with pytest.raises(UserError, match="is the output folder too"):
+        script.main(data=str(rows), model_name=str(trained), output_dir=str(trained), **LEARNS)
+    base = Path(shutil.copytree(STRONG, tmp_path / "base"))
+    before = script.start_weights(base)
+    save_file({name: value * np.float16(1.5) for name, value in weights(base).items()}, base / "model.safetensors",
+              metadata={"format": "pt"})
+    assert before == script.start_weights(Path(STRONG)) != script.start_weights(base)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_accumulation_changes_neither_loss_nor_step(plain, rows, tmp_path):
+    """16 rows at once, or one after the other: also where rows hold unequal numbers of response tokens."""
+    data = rows
+    if plain:
+        data = write_jsonl(tmp_path / "plain.jsonl", [
+            {"instruction": f"Say {i}.", "response": f"{i} for Ann" + " and Ben" * (i % 7)} for i in range(40)])
+    given = dict(data=str(data), model_name=CHEAP, global_batch_size=16, epochs=1, learning_rate=1e-3, patience=0,
+                 trainer={"max_steps": 2})
+    for batch in (16, 1):
+        script.main(**given, batch_size=batch, output_dir=str(tmp_path / str(batch)))
+    for name in ("loss", "grad_norm"):
+        one, many = (losses(tmp_path / batch, name) for batch in ("16", "1"))
+        assert len(one) == 2 and one == pytest.approx(many, rel=2e-4), name
+    a, b = (weights(tmp_path / batch) for batch in ("16", "1"))
+    assert max(np.abs(a[name].astype(float) - b[name].astype(float)).max() for name in a) < 2e-4
+
+
 def test_difficulty_mode_learns_and_decides_by_calibrated_estimates(tmp_path, cache):
     from routewright.routers.base import load_router
 
@@ -509,6 +540,7 @@ def test_four_bit_weights_train_through_adapters(tmp_path, knows_digits, rows, c
     out = tmp_path / "out"
     script.main(data=str(rows), model_name=str(knows_digits), output_dir=str(out), lora_r=8, four_bit=True, **LEARNS)
     router = load_router(out)
+    assert {str(value.dtype) for value in weights(out, "adapter_model.safetensors").values()} == {"float32"}
     assert router.four_bit and auroc(router, cache)[0] > .85
     scores = json.loads((out / "dev_scores.json").read_text())
     assert scores["reward"] > scores["best_constant_reward"] + .03

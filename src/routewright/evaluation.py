@@ -219,7 +219,7 @@ def _entry(given: Any, where: str) -> Entry:
             options[option], path = options.pop("path"), None
         elif "{seed}" not in path:
             _need_folder(path, where)
-    name = str(options.get("name") or (Path(path).name if path else kind))
+    name = str(options.get("name") or (re.sub(r"[-_.]*\{seed\}", "", Path(path).name) if path else "") or kind)
     if not re.fullmatch(r"[\w .,:+=()@-]{1,80}", name):
         raise UserError(f"{where}: the name {name!r} must be up to 80 letters, digits, blanks or _ - . , : + = ( ) @")
     return Entry(where, name, options)
@@ -419,8 +419,9 @@ def _overlap(table: OutcomeTable, view: View, entry: Entry, card: Mapping[str, A
     said = (f"router {entry.name!r} was {how} {len(shared)} of the {len(view.test)} test prompts of {view.name} "
             f"(first: {table.prompts[shared[0]].prompt_id!r})")
     if not allow:
-        raise UserError(f"{entry.where}: {said}, so its scores would flatter it; train it on the train split, or "
-                        "say --allow_overlap true and the report will say so")
+        raise UserError(f"{entry.where}: {said}, so its scores would flatter it; train it on the train split (one "
+                        "that was made with --split_seed is named by a path with {seed} in it), or say --allow_overlap "
+                        "true and the report will say so")
     return [{"router": entry.name, "prompts": len(shared), "note": f"{said}; its scores are inflated"}]
 
 

@@ -19,7 +19,7 @@ What `run` promises, on every rank:
   `generator` are seeded anew for each epoch, also alike on all ranks), all random states, optimizer, schedule,
   the window of the logged loss, early-stopping counters. A collator must not draw from the global random state.
 - Other data, other settings or another global batch than the checkpoint's stop with UserError naming what changed.
-  Another number of ranks keeps the global batch by changing gradient accumulation, or stops.
+  Another number of ranks keeps the global batch by changing gradient accumulation, or stops (DeepSpeed always does).
 - NaN or Inf in a loss or in the gradient norm: all ranks stop before the optimizer step, nothing is saved,
   `nan_batch.json` names step and rows, PartialRun (exit 3). Under an fp16 scaler only the loss counts, because an
   overflowing norm is how the scaler finds its scale.
@@ -130,7 +130,7 @@ class SafetyNet:
         gpus = _take_one_gpu(kwargs.get("args"))
         super().__init__(*args, **kwargs)
         if gpus > 1:
-            self._say(f"this process trains on one of {gpus} GPUs; torchrun, as ./cmd/run_train_*.sh start it, uses all")
+            self._say(f"this process trains on one of {gpus} GPUs; ./cmd/run_train_*.sh uses all of them")
         if self.is_deepspeed_enabled:  # two lines a step, of DeepSpeed's own calls
             warnings.filterwarnings("ignore", message=".*is deprecated. Please use", category=FutureWarning,
                                     module="torch.distributed")
@@ -329,14 +329,26 @@ class SafetyNet:
         trainer = {name: getattr(self.args, name, None) for name in TRAJECTORY}
         with contextlib.suppress(TypeError):
             trainer["rows"] = len(self.train_dataset)
+        trainer["sharding"] = self._sharding()
         return {**self._fingerprints, "trainer": {k: v if isinstance(v, (int, float, dict, type(None))) else
                                                   str(getattr(v, "value", v)) for k, v in trainer.items()}}
+
+    def _sharding(self) -> str | None:
+        """How weights and optimizer are spread over the ranks: a checkpoint's parts fit that way alone."""
+        if self.is_deepspeed_enabled:
+            return f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP" if self.is_fsdp_enabled else None
 
     def _compare(self, found: ck.Checkpoint) -> None:
         changed = ck.differences(found.manifest.get("fingerprints", {}), self._what_we_train())
         if changed:
             raise UserError(f"{found.path}: this run differs from the one that wrote the checkpoint "
                             f"({'; '.join(changed)}); give the same, or start anew with --resume none")
+        ranks = found.manifest["world_size"]
+        if self.is_deepspeed_enabled and ranks != self.args.world_size:
+            raise UserError(f"{found.path}: written by {ranks} ranks under DeepSpeed, each with its part of the "
+                            f"optimizer, and here are {self.args.world_size} ranks; start {ranks} again, or begin anew "
+                            "with --resume none")
         self._accumulation_for(found)
 
     def _accumulation_for(self, found: ck.Checkpoint) -> int:

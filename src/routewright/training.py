@@ -125,10 +125,15 @@ def make_reporter(tracker: Any, say: Say, on_epoch: Callable[[int], None] | None
     class Reporter(TrainerCallback):
         began = spoke = time.monotonic()
         first_step = 0
+        over = False  # what is scored afterwards is not of the last step, and the script tells it itself
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.began = self.spoke = time.monotonic()
             self.first_step = state.global_step
+            self.over = False
+
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.over = True
 
         def tell(self, state: Any, words: str) -> None:
             self.spoke = time.monotonic()
@@ -149,7 +154,7 @@ def make_reporter(tracker: Any, say: Say, on_epoch: Callable[[int], None] | None
                 on_epoch(int(state.epoch or 0))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **_: Any) -> None:
-            if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            if not state.is_world_process_zero or not logs or "train_runtime" in logs or self.over:
                 return
             shown = {name: value for name, value in logs.items() if is_score(name) and isinstance(value, (int, float))}
             scalars = {f"dev/{k[5:]}" if k.startswith("eval_") else f"train/{k}": v for k, v in shown.items()}

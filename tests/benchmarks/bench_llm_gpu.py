@@ -435,6 +435,19 @@ def measure(case: str, options: argparse.Namespace, shape: Any = None) -> dict[s
     return found
 
 
+def attempt(case: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    """`measure`, or None after a sentence: a card that is too small for one case says so and goes on to the next."""
+    import torch
+
+    from routewright.errors import MissingSetup, PartialRun, UserError
+
+    try:
+        return measure(case, options)
+    except (PartialRun, UserError, MissingSetup, torch.OutOfMemoryError) as error:
+        print(f"{case:8} was not measured: {str(error).splitlines()[0]}", flush=True)
+        return None
+
+
 def reset_resident() -> None:
     """Forget the process's peak memory so far (Linux)."""
     with suppress(OSError):
@@ -458,9 +471,14 @@ def flops_of(found: dict[str, Any]) -> tuple[float, float]:
     return (deberta_flops(found["max_length"], max(1, int(found["tokens"]))),) * 2
 
 
+def known_rate(name: str) -> int:
+    """TFLOP/s of the data sheet, 0 where the GPU is not in the table."""
+    return next((rate for key, rate in RATES.items() if re.search(rf"\b{key}\b", name)), 0)
+
+
 def peak_rate(name: str) -> tuple[float, str]:
     """Dense bf16 TFLOP/s of a GPU and where the figure is from."""
-    known = next((rate for key, rate in RATES.items() if re.search(rf"\b{key}\b", name)), None)
+    known = known_rate(name)
     if known:
         return float(known), "data sheet"
     import torch
@@ -530,11 +548,15 @@ def main() -> int:
         return 0
     rate = 0.0
     if torch.cuda.is_available():
+        options.steps = max(2, options.steps)  # a step is timed to the next one's beginning
         rate, source = peak_rate(torch.cuda.get_device_name(0))
         print(f"{torch.cuda.get_device_name(0)}, bf16 rate {rate:.0f} TFLOP/s ({source}), torch {torch.__version__}")
     results, late = [], False
     for case in options.cases:
-        found = measure(case, options)
+        found = attempt(case, options)
+        late |= found is None and case == "dpo"
+        if found is None:
+            continue
         results.append(found)
         print(report(found, rate), flush=True)
         if case == "dpo" and "allocated" in found:

@@ -355,6 +355,15 @@ def test_a_base_is_found_from_any_working_folder(root, parts, tmp_path, monkeypa
     assert same(load_router(fitted.save("saved")).estimate(parts[2].prompts[:5]), fitted.estimate(parts[2].prompts[:5]))
 
 
+def test_weights_that_another_training_left_are_refused(parts, trained, tmp_path):
+    """The calibration is of these very weights; over others it would be believed all the same."""
+    folder = load_router(trained("whole").folder).save(tmp_path / "r")
+    other = trained("whole", "difficulty").folder / "model.safetensors"
+    (folder / "model.safetensors").write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"router 'mine': trained or calibrated over other weights than those in .*/r;"):
+        load_router(folder).estimate(parts[2].prompts[:1])
+
+
 def test_a_router_folder_can_be_read_only(parts, trained, tmp_path):
     folder = load_router(trained("adapter").folder).save(tmp_path / "r")
     before = {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -320,9 +320,9 @@ def write_llm_router(folder: str | Path, *, kind: str, model: Any, tokenizer: An
                                            *prompts_behind(more.get("warm_start") or base_model)})
     router._loaded, router._trained = (model, tokenizer), True
     if os.environ.get("RANK", "0") == "0":
-        if (folder / ADAPTER_CARD).is_file():
-            router.card["base_weights"] = weights_hash(adapter_base(folder))
-        elif not (folder / "tokenizer.json").is_file():
+        adapter = (folder / ADAPTER_CARD).is_file()
+        router.card["base_weights"] = weights_hash(adapter_base(folder) if adapter else folder)
+        if not adapter and not (folder / "tokenizer.json").is_file():
             tokenizer.save_pretrained(folder)
         router.save(folder)
     return router
