@@ -78,6 +78,7 @@ def test_a_card_too_small_for_one_case_goes_on_to_the_next(monkeypatch, capsys, 
         return {"case": case, "max_length": 8, "batch": 1, "tokens": 8, "seconds": 1.0, "loading_s": 1, "resident": 1}
 
     monkeypatch.setattr(bench, "measure", measure)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for cases, code in (("deberta sft", 0), ("dpo sft", 1)):  # the bar is dpo's alone
         monkeypatch.setattr(sys, "argv", ["bench", "--cpu", "--cases", *cases.split()])
         assert bench.main() == code

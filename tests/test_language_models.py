@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from planted import two_model_pool
-from tiny_causal import edit_json, tiny_causal, words_tokenizer
+from tiny_causal import edit_json, tiny_causal, words_tokenizer, wrap_text
 
 from routewright import language_models as lm
 from routewright.encoders import load_tokenizer
@@ -289,7 +289,7 @@ def test_what_is_read_is_the_wrapped_text(wrap, mode, style, sample_tokenizer):
     template = Template.of_pool(two_model_pool(), ("cheap", "strong"), mode, style)
     instruction = template.render("What is 3 + 4, and why?")
     row = lm.encode_instructions(sample_tokenizer, template, wrap, [instruction], 5000)[0]
-    assert sample_tokenizer.decode(row) == lm.wrap_text(wrap, sample_tokenizer, instruction)
+    assert sample_tokenizer.decode(row) == wrap_text(wrap, sample_tokenizer, instruction)
     if wrap == "chat":
         turn = [{"role": "user", "content": instruction}]
         assert row == sample_tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
@@ -332,6 +332,15 @@ def test_only_the_end_of_the_prompt_is_ever_cut(wrap, style, sample_tokenizer):
         lm.encode_instructions(sample_tokenizer, template, wrap, texts, least - 3)
 
 
+def test_a_prompt_of_megabytes_is_not_read_to_its_end(sample_tokenizer, monkeypatch):
+    text, read = "word " * 400_000, []
+    whole = lm.encode_instructions(sample_tokenizer, BARE, "chat", [text[:50_000]], 60)
+    original = lm._ids
+    monkeypatch.setattr(lm, "_ids", lambda tokenizer, texts: read.extend(map(len, texts)) or original(tokenizer, texts))
+    assert lm.encode_instructions(sample_tokenizer, BARE, "chat", [text], 60) == whole
+    assert max(read) < 20_000 and len(whole[0]) > 50
+
+
 def test_control_tokens_in_a_prompt_are_words_like_others(sample_tokenizer):
     """A prompt cannot close its turn and give the answer itself."""
     ends = sample_tokenizer.convert_tokens_to_ids("<assistant>")
@@ -366,14 +375,14 @@ def test_a_chat_template_that_changes_the_words_is_refused(tmp_path):
     tokenizer = load_tokenizer(words_tokenizer(tmp_path))
     tokenizer.chat_template = "{{ messages[0]['content'] | upper }}"
     with pytest.raises(UserError, match="does not repeat the user's words once as they are"):
-        lm.wrap_text("chat", tokenizer, "What is it?")
+        wrap_text("chat", tokenizer, "What is it?")
 
 
 def test_what_is_read_does_not_depend_on_the_day_and_leaves_no_room_to_think(tmp_path):
     tokenizer = load_tokenizer(words_tokenizer(tmp_path))
     tokenizer.chat_template = ("{{ date_string if date_string is defined else strftime_now('%d %b %Y') }} "
                                "{{ messages[0]['content'] }}{% if enable_thinking is not false %}<think>{% endif %}")
-    assert lm.wrap_text("chat", tokenizer, "What is it?") == "01 Jan 2025 What is it?"
+    assert wrap_text("chat", tokenizer, "What is it?") == "01 Jan 2025 What is it?"
 
 
 # ---------------------------------------------------------------- the labels

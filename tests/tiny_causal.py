@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from routewright.language_models import encode_instructions, label_ids
+from routewright.language_models import _affixes, encode_instructions, label_ids
 from routewright.prompts import full_text
 
 CHAT = ("{{ bos_token }}{% for m in messages %}<user> {{ m['content'] }} <end>{% endfor %}"
@@ -55,6 +55,11 @@ def tiny_causal(folder: Path, chat: bool = True, seed: int = 0, family: str = "q
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **(sizes | config))).save_pretrained(folder)
     return folder
+
+
+def wrap_text(wrap: str, tokenizer: Any, instruction: str) -> str:
+    """The instruction as the network reads it, up to where the answer begins."""
+    return instruction.join(_affixes(wrap, tokenizer))
 
 
 def teach(model: Any, tokenizer: Any, template: Any, wrap: str, prompts: list, labels: np.ndarray, *, steps: int = 80,

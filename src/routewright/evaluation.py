@@ -192,7 +192,7 @@ def _entry(given: Any, where: str) -> Entry:
         if name in options:
             raise UserError(f"{where}: {key!r} and another key both give `{name}`; keep one")
         options[name] = value
-    theirs = options.get("kind")
+    theirs = str(options.get("kind"))
     if theirs in _COBENCH_KINDS:
         kind, fixed = _COBENCH_KINDS[theirs]
         for name in fixed:

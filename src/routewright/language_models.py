@@ -39,6 +39,7 @@ DTYPES = ("fp32", "bf16")
 LEAST_SPARED = 0.2  # share of all tokens that must be the same start of every row before it is computed apart
 MOST_TOKENS = 16_384  # of a batch with its padding: long prompts travel in smaller batches
 _REPOSITORY = Path(__file__).resolve().parents[2]
+MOST_CHARACTERS = 256  # of a prompt, per token of room; no vocabulary's tokens are as long on average
 SAMPLE_MODEL = _REPOSITORY / "data" / "sample" / "models" / "strong"
 _SENTINEL = "\u2402prompt\u2403"  # stands for the instruction while a chat template is taken apart
 # Some templates write today's date, or leave room to think first; training and serving must read the same.
@@ -379,12 +380,6 @@ def choose_wrap(asked: str, tokenizer: Any) -> str:
     return asked
 
 
-def wrap_text(wrap_name: str, tokenizer: Any, instruction: str) -> str:
-    """The instruction as the network reads it, up to where the answer begins."""
-    head, tail = _affixes(wrap_name, tokenizer)
-    return head + instruction + tail
-
-
 def encode_instructions(tokenizer: Any, template: Template, wrap: str, instructions: Sequence[str],
                         max_length: int) -> list[list[int]]:
     """Token ids of each wrapped instruction, up to where the answer begins; one place is kept for the answer.
@@ -400,7 +395,8 @@ def encode_instructions(tokenizer: Any, template: Template, wrap: str, instructi
     if least > room:
         raise UserError(f"max_length {max_length} holds no prompt: the question, its {wrap} form and the answer alone "
                         f"take {least + len(start) + 1} tokens; raise --max_length, or use the bare style")
-    bodies = [template.prompt_of(text).encode("utf-8", "replace").decode() for text in instructions]
+    most = max_length * MOST_CHARACTERS  # a prompt of megabytes would take minutes and gigabytes, for its first words
+    bodies = [template.prompt_of(text)[:most].encode("utf-8", "replace").decode() for text in instructions]
     rows = _ids(tokenizer, [head + body + tail for body in bodies])
     reserved = [token for token in tokenizer.all_special_tokens if token]
     for i, body in enumerate(bodies):

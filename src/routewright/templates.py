@@ -149,7 +149,7 @@ def wrap(name: str, instruction: str) -> str:
     if name == "alpaca":
         return instruction.join(_ALPACA)
     raise UserError(f"wrap {name!r} is not one of {', '.join(WRAPS)}" if name not in WRAPS else
-                    "the chat wrap belongs to a tokenizer; use language_models.wrap_text")
+                    "the chat wrap belongs to a tokenizer; language_models.encode_instructions knows it")
 
 
 def unwrap(name: str, text: str) -> str:

@@ -38,7 +38,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one GPU: a single process would be spread over all of them
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -540,6 +539,7 @@ def read_options(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     options = read_options()
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # before torch is imported: one card is measured
 
     import torch
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from planted import make_table
+from tiny_causal import wrap_text
 
 from routewright.errors import MissingSetup, UserError
 from routewright.metrics import auroc
@@ -52,7 +53,6 @@ def cheap(root, tmp_path_factory):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from routewright.encoders import load_tokenizer
-    from routewright.language_models import wrap_text
     from routewright.samplepool import answer_loss, save_model
 
     tokenizer = load_tokenizer(root / "data" / "sample" / "models" / "cheap")
