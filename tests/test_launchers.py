@@ -24,8 +24,10 @@ OURS = ("NUM_GPUS", "PROFILE", "DRY_RUN", "NUM_PROCESSES", "NUM_NODES", "RDZV_EN
 
 def environment(**change):
     kept = {k: v for k, v in os.environ.items() if k not in OURS and not k.startswith("SLURM_")}
+    # cmd/test.sh sources env.sh itself, and what is asked here is what that does to a shell that has not.
+    path = ":".join(part for part in os.environ["PATH"].split(":") if part != str(ROOT / "cmd" / "bin"))
     return {**kept, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": "",
-            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **change}
+            "PATH": f"{Path(sys.executable).parent}:{path}", **change}
 
 
 def shell(line, cwd=ROOT, **change):
