@@ -142,7 +142,7 @@ def main(
         scores = score_validation(run, dev_rows, source)
         save_weights(run, out)
         if run.is_world_process_zero():
-            write_router(out, base, train, source, max_length)
+            write_router(out, base, (train, dev), source, max_length)
             report(scores, out, tracker, say)
         run.accelerator.wait_for_everyone()
 
@@ -410,18 +410,19 @@ def report(scores: dict[str, float], out: Path, tracker: Any, say: Any) -> None:
 
 # --- saving -----------------------------------------------------------------------------------------------------------
 
-def write_router(out: Path, base: Base, train: Examples, source: Source, max_length: int) -> None:
-    """router.json beside the final weights."""
+def write_router(out: Path, base: Base, parts: tuple[Examples, Examples], source: Source, max_length: int) -> None:
+    """router.json beside the final weights; parts: train and validation examples."""
     from routewright.routers.base import write_card
     from routewright.schema import Prompt
 
     if source.table is not None:
-        prompts, pool, cache = source.table.prompts, source.table.pool, source.table.fingerprint
+        prompts, held = source.table.prompts, source.dev_table.prompts
+        pool, cache = source.table.pool, source.table.fingerprint
     else:
-        prompts = [Prompt(name, question) for name, question in zip(train.names, train.questions, strict=True)]
+        prompts, held = ([Prompt(*row) for row in zip(part.names, part.questions, strict=True)] for part in parts)
         pool, cache = None, ""
     write_card(out, kind="trained_deberta", name=out.name, models=source.models, pool=pool, train_prompts=prompts,
-               cache_fingerprint=cache, base_model=base.name,
+               dev_prompts=held, cache_fingerprint=cache, base_model=base.name,
                options={"form": source.form.removesuffix("_compat"), "compat": source.form == "pair_compat",
                         "max_length": max_length, "context": source.table is not None})
 

@@ -344,7 +344,7 @@ def start_weights(folder: Path) -> str:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 def training_arguments(*, output_dir: str, batch_size: int, global_batch_size: int, learning_rate: float, epochs: int,
-                       bf16: bool, seed: int, rows: int, packing: bool, max_length: int, router: bool,
+                       bf16: bool, seed: int, rows: int, packing: bool, max_length: int, router: bool = True,
                        extra: dict[str, Any]) -> Any:
     """SFTConfig: CoBench's optimizer and schedule, the safety net's, then what the user put in `trainer`."""
     import torch

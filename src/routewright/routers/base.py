@@ -356,10 +356,10 @@ def read_card(folder: str | Path) -> dict[str, Any]:
 def write_card(folder: str | Path, *, kind: str, name: str, models: Sequence[str], pool: Pool | None,
                train_prompts: Iterable[Prompt], cache_fingerprint: str = "", base_model: str = "",
                options: Mapping[str, Any] | None = None, decision: Mapping[str, float] | None = None,
-               **more: Any) -> Path:
+               dev_prompts: Iterable[Prompt] = (), **more: Any) -> Path:
     """router.json for a folder whose weights another program wrote (train_deberta). `more` is kept as it is."""
     return write_json(Path(folder) / CARD, {
-        **more, **prompt_hashes(train_prompts), "kind": kind, "name": name, "models": list(models),
+        **more, **prompt_hashes(train_prompts, dev_prompts), "kind": kind, "name": name, "models": list(models),
         "pool": pool_card(pool), "cache_fingerprint": cache_fingerprint, "base_model": base_model,
         "options": dict(options or {}), "decision": dict(decision or {}), "created_with": versions()})
 
