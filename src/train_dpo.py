@@ -190,7 +190,7 @@ def main(
         save_weights(run, out)
         if source.table is not None:
             write_router(run, out, "dpo", source, tokenizer, wrap=wrap, max_length=longest, base_model=start.name,
-                         four_bit=four_bit, seed=seed, say=say)
+                         four_bit=four_bit, seed=seed, say=say, **({"warm_start": warm_start} if warm_start else {}))
         if run.is_world_process_zero():
             report(scores, out, source, tracker, say)
         run.accelerator.wait_for_everyone()

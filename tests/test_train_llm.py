@@ -524,7 +524,7 @@ def test_two_processes_take_the_steps_of_one(trained, rows, tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1",
              "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("kept the best epoch") == 1  # rank 0 alone speaks
+    assert done.stderr.count("kept checkpoint-") == 1  # rank 0 alone speaks
     # Sums in another order: the curves agree, and drift apart by what float32 lets them.
     assert losses(out)[:20] == pytest.approx(losses(trained)[:20], rel=2e-3)
     assert np.mean(losses(out)) == pytest.approx(np.mean(losses(trained)), rel=.05)

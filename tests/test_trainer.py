@@ -362,7 +362,7 @@ def test_out_of_memory_names_the_next_smaller_setting(tmp_path):
 
     trainer = kt.make(tmp_path / "run", base=failing(torch.OutOfMemoryError("CUDA out of memory"), 2), save_steps=2)
     with pytest.raises(PartialRun, match=r"out of memory at step 2 with batch size 4 x length \d+; try "
-                       r"--trainer.per_device_train_batch_size 2 --trainer.gradient_accumulation_steps 2 .*-2"):
+                       r"--batch_size 2 --global_batch_size 4 .*-2"):
         trainer.run()
     trainer = kt.make(tmp_path / "one", base=failing(RuntimeError("DefaultCPUAllocator: can't allocate memory"), 0),
                       per_device_train_batch_size=1)

@@ -232,8 +232,8 @@ class SafetyNet:
         length = shape[1] if len(shape) > 1 else 0
         seen = f"batch size {shape[0] if shape else batch}" + (f" x length {length}" if length else "")
         smaller = next((b for b in range(batch // 2, 0, -1) if batch * steps % b == 0), 0)
-        cure = (f"--trainer.per_device_train_batch_size {smaller} --trainer.gradient_accumulation_steps "
-                f"{batch * steps // smaller} (the same global batch)" if smaller
+        cure = (f"--batch_size {smaller} --global_batch_size {batch * steps * self.args.world_size} (rows per update "
+                "stay the same)" if smaller
                 else f"a shorter length ({max(1, length // 2)}) or --trainer.activation_checkpointing true")
         return f"out of memory at step {self.state.global_step} with {seen}; try {cure}, then {self._how_to_resume()}"
 
