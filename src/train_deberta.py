@@ -48,6 +48,7 @@ from routewright.textfiles import write_json
 from routewright.training import (
     LOG_STEPS,
     Say,
+    check_sizes,
     check_trainer_names,
     console,
     is_complete,
@@ -153,9 +154,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
     least_values = {"num_labels": 1, "skip_bad": 0, "max_length": 8, "batch_size": 1, "global_batch_size": 0,
                     "epochs": 1, "patience": 0}
-    for name, least in least_values.items():
-        if given[name] < least:
-            raise UserError(f"--{name} must be {least} or more; got {given[name]}")
+    check_sizes(given, least_values)
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:
         raise UserError(f"--learning_rate must be above 0; got {given['learning_rate']}")
     if given["cache"] and given["val"]:
@@ -164,11 +163,6 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError("--split_seed divides the prompts of a cache, so it needs --cache")
     if given["form"] == "pool" and not given["cache"]:
         raise UserError("--form pool needs --cache: rows of question, llm_id, label hold one model each")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    whole = given["batch_size"] * world
-    if given["global_batch_size"] % whole:
-        raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
-                        f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
     return check_trainer_names(dict(given["trainer"] or {}), OWNED)
 
 

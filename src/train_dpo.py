@@ -69,6 +69,7 @@ from routewright.training import (
     LOG_STEPS,
     Say,
     best_by,
+    check_sizes,
     check_trainer_names,
     console,
     is_complete,
@@ -202,9 +203,7 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
     least_values = {"skip_bad": 0, "max_length": 8, "lora_r": 0, "lora_alpha": 1, "batch_size": 1,
                     "global_batch_size": 1, "epochs": 1, "patience": 0}
-    for name, least in least_values.items():
-        if given[name] < least:
-            raise UserError(f"--{name} must be {least} or more; got {given[name]}")
+    check_sizes(given, least_values)
     for name in ("learning_rate", "beta"):
         if given[name] is not None and not given[name] > 0:
             raise UserError(f"--{name} must be above 0; got {given[name]}")
@@ -214,11 +213,6 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
         raise UserError(f"--lora_dropout must be from 0 to below 1; got {given['lora_dropout']}")
     if given["val"] and not given["data"]:
         raise UserError("--val belongs to --data; a cache brings its own dev split")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    whole = given["batch_size"] * world
-    if given["global_batch_size"] % whole:
-        raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
-                        f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
     extra = check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:DPOConfig")
     check_smoothing(given["loss"], extra.get("label_smoothing", 0.0))
     return extra

@@ -68,6 +68,7 @@ from routewright.training import (
     LOG_STEPS,
     Say,
     best_by,
+    check_sizes,
     check_trainer_names,
     console,
     is_complete,
@@ -198,18 +199,11 @@ def check_options(given: dict[str, Any]) -> dict[str, Any]:
     """Ranges of the numbers and names in `trainer`, before any file is read. Returns the trainer mapping."""
     least_values = {"skip_bad": 0, "max_length": 8, "lora_r": 0, "batch_size": 1, "global_batch_size": 1, "epochs": 1,
                     "patience": 0}
-    for name, least in least_values.items():
-        if given[name] < least:
-            raise UserError(f"--{name} must be {least} or more; got {given[name]}")
+    check_sizes(given, least_values)
     if given["learning_rate"] is not None and not given["learning_rate"] > 0:
         raise UserError(f"--learning_rate must be above 0; got {given['learning_rate']}")
     if given["four_bit"] and given["precision"] == "fp32":
         raise UserError("--four_bit computes in bf16; leave --precision auto")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    whole = given["batch_size"] * world
-    if given["global_batch_size"] % whole:
-        raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
-                        f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
     return check_trainer_names(dict(given["trainer"] or {}), OWNED, "trl:SFTConfig")
 
 

@@ -26,6 +26,18 @@ def console() -> Say:
     return lambda text: print(text, file=sys.stderr, flush=True)
 
 
+def check_sizes(given: Mapping[str, Any], least: Mapping[str, int]) -> None:
+    """Raise UserError for an option below its least value, or rows per update that the devices cannot share evenly."""
+    for name, smallest in least.items():
+        if given[name] < smallest:
+            raise UserError(f"--{name} must be {smallest} or more; got {given[name]}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    whole = given["batch_size"] * world
+    if given["global_batch_size"] % whole:
+        raise UserError(f"--global_batch_size {given['global_batch_size']} is no multiple of batch_size x devices = "
+                        f"{given['batch_size']} x {world} = {whole}; choose one, or another --batch_size")
+
+
 def check_trainer_names(extra: dict[str, Any], owned: Mapping[str, str],
                         arguments: str = "transformers:TrainingArguments") -> dict[str, Any]:
     """The settings of `--trainer.*`, if the library knows each and none is the script's own. Raises UserError.
