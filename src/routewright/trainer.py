@@ -187,7 +187,7 @@ class SafetyNet:
         import torch
 
         if isinstance(error, _Stopped):
-            return PartialRun(f"stopped by {self._signal_name()} after step {self.state.global_step} of "
+            return PartialRun(f"{self._signal_name()} after step {self.state.global_step} of "
                               f"{self.state.max_steps}; {self._how_to_resume()}")
         if isinstance(error, KeyboardInterrupt):
             return PartialRun(f"interrupted; {self._how_to_resume()}")
