@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Passes the tests: sets the project up if needed, then runs the whole suite. Offline, CPU, no key; 6 minutes on
+# Passes the tests: sets the project up if needed, then runs the whole suite. Offline, CPU, no key; 9 minutes on
 # two cores. Words after it go to pytest: `cmd/test.sh -k stats`, `cmd/test.sh -m "not slow"` (the quick part).
 set -euo pipefail
 ROOT="$(cd "$(dirname "$0")/.." && pwd)"
