@@ -7,9 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from routewright.outcomes import OutcomeTable
+from routewright.outcomes import OutcomeTable, write_outcomes
 from routewright.pool import Pool
+from routewright.samplepool import THINGS
 from routewright.schema import ModelSpec, Outcome, TokenUsage
+
+NAME_POOL = """name: t
+prices_dated: 2026-11-20
+models:
+  - {name: cheap, price_input: 0.1, price_output: 0.4}
+  - {name: strong, price_input: 1.5, price_output: 6.0}
+"""
 
 
 def two_model_pool() -> Pool:
@@ -43,6 +51,29 @@ def make_outcomes(n: int = 300, seed: int = 0, signal: float = 0.9, samples: int
 
 def make_table(n: int = 300, seed: int = 0, signal: float = 0.9, samples: int = 1) -> OutcomeTable:
     return OutcomeTable.from_outcomes(make_outcomes(n, seed, signal, samples), two_model_pool())
+
+
+def name_outcomes(n: int = 240) -> list[Outcome]:
+    """Prompts that end in Ann need the strong model, those that end in Ben do not; the rest of the text is noise."""
+    random = np.random.default_rng(0)
+    outcomes = []
+    for i in range(n):
+        hard = bool(random.random() < .5)
+        text = f"{i % 200} {THINGS[int(random.integers(20))]} for {'Ann' if hard else 'Ben'}."
+        split = ("train", "train", "train", "dev", "test")[i % 5]
+        for name, chance in (("cheap", .05 if hard else .95), ("strong", .95)):
+            for sample in range(2):
+                right = bool(random.random() < chance)
+                outcomes.append(Outcome(f"p{i}", text, name, "x", right, float(right), TokenUsage(10, 10), task="t",
+                                        group=f"g{i}", split=split, reference="x", sample=sample, grader="exact"))
+    return outcomes
+
+
+def write_name_cache(folder: Path) -> Path:
+    """`name_outcomes` as a cache folder with prices."""
+    write_outcomes(folder / "outcomes.jsonl.gz", name_outcomes())
+    (folder / "pool.yaml").write_text(NAME_POOL)
+    return folder
 
 
 def minilm_folder() -> Path:

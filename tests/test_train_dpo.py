@@ -14,53 +14,27 @@ import kill_script
 import numpy as np
 import pytest
 import yaml
+from planted import write_name_cache
 
 import train_dpo as script
 from routewright import sets
 from routewright.errors import UserError
 from routewright.launch import run
-from routewright.outcomes import OutcomeTable, write_outcomes
+from routewright.outcomes import OutcomeTable
 from routewright.reward import Reward
 from routewright.routers.base import load_router, pool_card
-from routewright.samplepool import THINGS
-from routewright.schema import Outcome, TokenUsage
 from routewright.shared_prefix import REFERENCE
 from routewright.templates import Template
 
 ROOT = Path(__file__).resolve().parents[1]
 STRONG, CHEAP = (str(ROOT / "data" / "sample" / "models" / name) for name in ("strong", "cheap"))
-POOL = """name: t
-prices_dated: 2026-11-20
-models:
-  - {name: cheap, price_input: 0.1, price_output: 0.4}
-  - {name: strong, price_input: 1.5, price_output: 6.0}
-"""
 LEARNS = {"batch_size": 8, "global_batch_size": 8, "learning_rate": 4e-3, "epochs": 4, "patience": 0, "lora_r": 8,
           "lora_alpha": 16}
 
 
-def planted(n=240):
-    """Prompts that end in Ann need the strong model, those that end in Ben do not; the rest of the text is noise."""
-    random = np.random.default_rng(0)
-    outcomes = []
-    for i in range(n):
-        hard = bool(random.random() < .5)
-        text = f"{i % 200} {THINGS[int(random.integers(20))]} for {'Ann' if hard else 'Ben'}."
-        split = ("train", "train", "train", "dev", "test")[i % 5]
-        for name, chance in (("cheap", .05 if hard else .95), ("strong", .95)):
-            for sample in range(2):
-                right = bool(random.random() < chance)
-                outcomes.append(Outcome(f"p{i}", text, name, "x", right, float(right), TokenUsage(10, 10), task="t",
-                                        group=f"g{i}", split=split, reference="x", sample=sample, grader="exact"))
-    return outcomes
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cache")
-    write_outcomes(folder / "outcomes.jsonl.gz", planted())
-    (folder / "pool.yaml").write_text(POOL)
-    return folder
+    return write_name_cache(tmp_path_factory.mktemp("cache"))
 
 
 def build(folder, cache, style="bare"):

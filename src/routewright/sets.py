@@ -31,7 +31,18 @@ from routewright.pool import Pool, model_from_entry
 from routewright.prompts import full_text, normalise, seed_splits
 from routewright.reward import Reward
 from routewright.templates import LEVELS, Template
-from routewright.textfiles import nearest, need_file, parse_row, read_jsonl, write_atomic, write_json, write_jsonl
+from routewright.textfiles import (
+    check_present,
+    check_row_text,
+    nearest,
+    need_file,
+    parse_row,
+    read_jsonl,
+    short,
+    write_atomic,
+    write_json,
+    write_jsonl,
+)
 
 COST_UNITS = ("dearest", "usd")
 QUALITIES = ("mean", "greedy")
@@ -395,21 +406,14 @@ def check_row(row: Mapping[str, Any], where: str, kind: str, template: Template 
     """Raise UserError that starts with `where` unless the row can be trained on."""
     needed = KINDS[kind]
     for name in needed:
-        if name not in row:
-            close = nearest(name, [k for k in row if k not in needed])
-            raise UserError(f"{where}: `{name}` is missing{close}; a row needs {', '.join(needed)}")
-        value = row[name]
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: `{name}` must be a text that is not empty; got {_short(value)}")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{where}: `{name}` holds half of a surrogate pair, which no tokenizer can read; fix or "
-                            "remove the row")
+        check_present(row, name, needed, where)
+        check_row_text(row[name], name, where)
     if kind == "alpaca" and row.get("input"):
         raise UserError(f"{where}: `input` would not be read; join it to `instruction`")
     asked, answers = row[needed[0]], needed[1:]
     if kind == "dpo":
         if row["chosen"].strip() == row["rejected"].strip():
-            raise UserError(f"{where}: chosen and rejected are the same text, {_short(row['chosen'])}; a pair needs a "
+            raise UserError(f"{where}: chosen and rejected are the same text, {short(row['chosen'])}; a pair needs a "
                             "better and a worse answer")
         labels = () if template is None else template.labels  # a prompt may be the text "1" and its answer too
         repeats = next((name for name in answers if row[name].startswith(asked) and row[name] not in labels), "")
@@ -418,7 +422,7 @@ def check_row(row: Mapping[str, Any], where: str, kind: str, template: Template 
                             "keep the answer alone")
         margin = row.get("margin", 0.0)
         if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not math.isfinite(margin):
-            raise UserError(f"{where}: `margin` must be a finite number; got {_short(margin)}")
+            raise UserError(f"{where}: `margin` must be a finite number; got {short(margin)}")
     if template is not None:
         _check_against(template, asked, {name: row[name] for name in answers}, where)
 
@@ -426,7 +430,7 @@ def check_row(row: Mapping[str, Any], where: str, kind: str, template: Template 
 def _check_against(template: Template, asked: str, answers: Mapping[str, str], where: str) -> None:
     for name, answer in answers.items():
         if template.parse(answer) is None:
-            raise UserError(f"{where}: `{name}` {_short(answer)} is none of the labels {', '.join(template.labels)} of "
+            raise UserError(f"{where}: `{name}` {short(answer)} is none of the labels {', '.join(template.labels)} of "
                             "the card beside the file")
     try:
         template.prompt_of(asked)
@@ -494,8 +498,3 @@ def _skip_blanks(text: str, at: int) -> int:
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     return at
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"

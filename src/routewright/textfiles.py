@@ -13,7 +13,7 @@ import os
 import re
 import tempfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -236,3 +236,25 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> Path:
             packed.close()
 
     return write_atomic(path, write)
+
+
+def check_present(row: Mapping[str, Any], name: str, needed: Sequence[str], where: str) -> None:
+    """Raise UserError that starts with `where` unless the row has this field; names the nearest one it has instead."""
+    if name not in row:
+        close = nearest(name, [k for k in row if k not in needed])
+        raise UserError(f"{where}: `{name}` is missing{close}; a row needs {', '.join(needed)}")
+
+
+def check_row_text(value: Any, name: str, where: str) -> None:
+    """Raise UserError that starts with `where` unless a row's field is a text that a tokenizer can read."""
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: `{name}` must be a text that is not empty; got {short(value)}")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise UserError(f"{where}: `{name}` holds half of a surrogate pair, which no tokenizer can read; fix or "
+                        "remove the row")
+
+
+def short(value: Any) -> str:
+    """A value as an error message quotes it: its type and the start of its text."""
+    text = repr(value)
+    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from routewright.errors import UserError
-from routewright.textfiles import nearest, read_jsonl
+from routewright.textfiles import check_present, check_row_text, read_jsonl, short
 
 PAIR_FIELDS = ("question", "llm_id", "label")
 
@@ -81,33 +81,21 @@ def _skip(error: UserError, skip_bad: int, skipped: list[str]) -> None:
 
 def _pair(row: dict[str, Any], where: str, num_labels: int) -> tuple[str, str, float]:
     for name in PAIR_FIELDS:
-        if name not in row:
-            close = nearest(name, [k for k in row if k not in PAIR_FIELDS])
-            raise UserError(f"{where}: `{name}` is missing{close}; a row needs {', '.join(PAIR_FIELDS)}")
+        check_present(row, name, PAIR_FIELDS, where)
     for name in ("question", "llm_id"):
-        value = row[name]
-        if not isinstance(value, str) or not value.strip():
-            raise UserError(f"{where}: `{name}` must be a text that is not empty; got {_short(value)}")
-        if any("\ud800" <= c <= "\udfff" for c in value):
-            raise UserError(f"{where}: `{name}` holds half of a surrogate pair, which no tokenizer can read; fix or "
-                            "remove the row")
+        check_row_text(row[name], name, where)
     return row["question"], row["llm_id"], _label(row["label"], where, num_labels)
 
 
 def _label(value: Any, where: str, num_labels: int) -> float:
     if num_labels == 1:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-            raise UserError(f"{where}: `label` must be a number in [0, 1] with one output; got {_short(value)}")
+            raise UserError(f"{where}: `label` must be a number in [0, 1] with one output; got {short(value)}")
         return float(value)
     if isinstance(value, bool) or not isinstance(value, int):
         hint = f"; write {int(value)}" if isinstance(value, bool) else "; write it as a whole number"
-        raise UserError(f"{where}: `label` must be a whole number 0..{num_labels - 1}; got {_short(value)}{hint}")
+        raise UserError(f"{where}: `label` must be a whole number 0..{num_labels - 1}; got {short(value)}{hint}")
     if not 0 <= value < num_labels:
         raise UserError(f"{where}: `label` is {value} but NUM_LABELS is {num_labels}, so 0..{num_labels - 1} are "
                         "known; fix the row or raise --num_labels")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text[:40]}{'...' if len(text) > 40 else ''}"

@@ -117,6 +117,14 @@ class Router:
         self.pool = pool.subset(models) if pool is not None else None
         return self
 
+    def bind_known(self, known: Sequence[str], models: Sequence[str], pool: Pool | None, path: str) -> Self:
+        """`bind` of a router folder at `path` whose outputs stand for `known`: those in the pool stay, in its order."""
+        kept = [name for name in known if name in models]
+        if not kept:
+            raise UserError(f"{path}: the router knows {', '.join(known)}, and the pool has none of them (it has: "
+                            f"{', '.join(models)}); evaluate it on the models it was trained for")
+        return Router.bind(self, kept, pool or self.pool)
+
     def estimate(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """Predicted quality, (N, M) float64 in [0, 1], columns in the order of `self.models`."""
         if not self.models:

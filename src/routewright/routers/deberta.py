@@ -93,11 +93,7 @@ class TrainedDebertaRouter(Router):
         """Take over the models of a pool. Of those that router.json names, the ones in the pool stay, in its order."""
         if not self.trained_models:
             return super().bind(models, pool)
-        kept = [name for name in self.trained_models if name in models]
-        if not kept:
-            raise UserError(f"{self.path}: the router knows {', '.join(self.trained_models)}, and the pool has none of "
-                            f"them (it has: {', '.join(models)}); evaluate it on the models it was trained for")
-        return super().bind(kept, pool or self.pool)
+        return self.bind_known(self.trained_models, models, pool, self.path)
 
     def fit(self, train: OutcomeTable, dev: OutcomeTable | None = None, seed: int = 0) -> Self:
         """The weights are trained already; this only binds the models."""

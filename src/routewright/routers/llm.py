@@ -134,11 +134,7 @@ class LlmRouter(Router):
         """Take over the models of a pool. Of those a trained folder names, the ones in the pool stay, in its order."""
         if not self._trained:
             return super().bind(models, pool)
-        kept = [name for name in self.trained_models if name in models]
-        if not kept:
-            raise UserError(f"{self.path}: the router knows {', '.join(self.trained_models)}, and the pool has none of "
-                            f"them (it has: {', '.join(models)}); evaluate it on the models it was trained for")
-        return super().bind(kept, pool or self.pool)
+        return self.bind_known(self.trained_models, models, pool, self.path)
 
     def choices(self, prompts: Sequence[Prompt]) -> np.ndarray:
         """The label the network would emit for each prompt (N,): a column of `models`, or a level of difficulty."""
